@@ -1,0 +1,3 @@
+//! The lease state machine of copage, and the messages between daemon and guests.
+#![forbid(unsafe_code)]
+

@@ -1,0 +1,201 @@
+//! The one trait between copage and a hypervisor, chosen at run time.
+//!
+//! The words follow Xen: a frame is granted by an entry that names one domain; the entry, not
+//! anybody's word, says whether the frame is still mapped; what is mapped cannot be taken back
+//! unless the backend can force it. `local` keeps to the same protocol with processes as guests.
+
+use crate::error::GrantError;
+use crate::ids::{DomId, FrameNo, Grant, HomeId, PageIndex};
+use std::os::fd::OwnedFd;
+
+/// What a backend can do, asked at run time. The daemon refuses what it cannot do safely.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capabilities {
+    /// Guests map the very frame, not a copy of it.
+    pub frames_shared: bool,
+    /// No guest can write to a frame granted read-only. `false` where guests are only cooperative
+    /// (local, guests under the daemon's own uid).
+    pub read_only_enforced: bool,
+    /// Programs can run straight off granted frames (stock Xen: no).
+    pub executable_mappings: bool,
+    /// The daemon can unmap a frame from a guest that does not answer (Xen: no).
+    pub forced_revoke: bool,
+    /// A frame nobody maps can be made writable for one guest in place.
+    pub in_place_upgrade: bool,
+    /// Guests get a descriptor that plain `mmap`, `read` and `execve` accept (local: yes).
+    pub descriptors: bool,
+}
+
+/// May the grantee write?
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// `GTF_permit_access | GTF_readonly`
+    ReadOnly,
+    /// `GTF_permit_access`
+    ReadWrite,
+}
+
+/// What a revocation found. Only `Revoked` ends a grant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Revocation {
+    /// The entry is zero now and was not in use: the domain maps the frame no more.
+    Revoked,
+    /// The domain maps the frame, or may: the entry stays as it was.
+    StillMapped,
+    /// The domain holds no grant of this frame.
+    NotGranted,
+}
+
+/// What ended with a domain.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DomainEnd {
+    /// Entries revoked.
+    pub revoked: u64,
+    /// Frames whose entries still show a mapping: they go to quarantine.
+    pub still_mapped: Vec<FrameNo>,
+}
+
+/// One live grant, for displays and the audit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GrantInfo {
+    /// The entry.
+    pub grant: Grant,
+    /// Who may map it.
+    pub dom: DomId,
+    /// What.
+    pub frame: FrameNo,
+    /// How.
+    pub access: Access,
+    /// The hypervisor shows it mapped (`GTF_reading` or `GTF_writing`), or it may be.
+    pub mapped: bool,
+}
+
+/// What the audit of the ledger against the table found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LedgerAudit {
+    /// Entries in use in the tables.
+    pub entries: u64,
+    /// Grants in the ledger.
+    pub grants: u64,
+    /// One line for each difference, at most a hundred; empty when ledger and tables are equal.
+    pub differences: Vec<String>,
+}
+
+/// What is wanted of a home.
+#[derive(Clone, Debug)]
+pub struct HomeSpec {
+    /// For displays; not unique.
+    pub label: String,
+    /// Length of the file in bytes. Reading and mapping end here: the rest of the last page is
+    /// zeros, and pages past it cannot be reached.
+    pub bytes: u64,
+}
+
+/// Frames, grant tables and mapping of one host.
+///
+/// Calls are short and never wait for a guest. All of them may be called from any thread. The
+/// caller orders calls for one page (the cache holds the file's lock); for different pages there is
+/// no order to keep.
+pub trait Backend: Send + Sync {
+    /// `local` or `xen`.
+    fn name(&self) -> &'static str;
+
+    /// What this backend can do on this machine.
+    fn capabilities(&self) -> Capabilities;
+
+    /// Opens a home for the pages of one generation of a file. It holds no frames yet.
+    fn open_home(&self, spec: &HomeSpec) -> Result<HomeId, GrantError>;
+
+    /// Ends a home. All its frames must have been discarded; a home that anybody still has open
+    /// goes on existing, empty, for them.
+    fn close_home(&self, home: HomeId) -> Result<(), GrantError>;
+
+    /// A new descriptor of the home that reads, maps and executes and can be made to write by
+    /// nobody. For capability `descriptors`; else [`GrantError::Unsupported`].
+    fn home_descriptor(&self, home: HomeId) -> Result<OwnedFd, GrantError>;
+
+    /// Does anybody but the daemon have the home open or mapped by a plain descriptor? The
+    /// kernel's own answer. `true` where it cannot be told.
+    fn home_in_use(&self, home: HomeId) -> Result<bool, GrantError>;
+
+    /// Puts pages into frames: page `first + i` into `frames[i]`, from `data`, which is
+    /// `frames.len()` whole pages with everything past the end of the file zeroed. Each page
+    /// appears whole or not at all. On error none of `frames` holds a page (those that were put
+    /// have been discarded again).
+    fn store(
+        &self,
+        home: HomeId,
+        first: PageIndex,
+        frames: &[FrameNo],
+        data: &[u8],
+    ) -> Result<(), GrantError>;
+
+    /// Reads back one page (`buf` is one page long).
+    fn load(&self, home: HomeId, page: PageIndex, frame: FrameNo, buf: &mut [u8])
+    -> Result<(), GrantError>;
+
+    /// Empties frames: pages `first..first + frames.len()`. Every entry of every frame must have
+    /// been revoked, else [`GrantError::StillGranted`] and nothing is discarded.
+    fn discard(&self, home: HomeId, first: PageIndex, frames: &[FrameNo]) -> Result<(), GrantError>;
+
+    /// Backs `pages` (2 MiB, aligned, all stored) by one 2 MiB frame where the machine can.
+    /// `Ok(false)`: not here, nothing changed.
+    fn make_huge(&self, home: HomeId, first: PageIndex) -> Result<bool, GrantError>;
+
+    /// Writes one entry for each frame that `dom` has no grant of yet and puts the entry of each
+    /// frame in `out`, in order. All or nothing: on error no entry is new.
+    fn grant(
+        &self,
+        dom: DomId,
+        access: Access,
+        frames: &[FrameNo],
+        out: &mut Vec<Grant>,
+    ) -> Result<(), GrantError>;
+
+    /// Tries to revoke `dom`'s grants of `frames`; one answer for each, in order.
+    fn revoke(&self, dom: DomId, frames: &[FrameNo], out: &mut Vec<Revocation>);
+
+    /// Unmaps pages everywhere, in stopped processes too, revokes every grant of them and empties
+    /// them: `revoke` from all, then `discard`. `evicted` is called for each (frame, domain) whose
+    /// grant ended. For capability `forced_revoke`; else [`GrantError::Unsupported`].
+    fn force_out(
+        &self,
+        home: HomeId,
+        first: PageIndex,
+        frames: &[FrameNo],
+        evicted: &mut dyn FnMut(FrameNo, DomId),
+    ) -> Result<(), GrantError>;
+
+    /// The domains that hold a grant of `frame`, put in `out`.
+    fn holders(&self, frame: FrameNo, out: &mut Vec<DomId>);
+
+    /// How many grants of `frame` there are.
+    fn holder_count(&self, frame: FrameNo) -> u32;
+
+    /// How many grants `dom` holds.
+    fn grant_count(&self, dom: DomId) -> u64;
+
+    /// The frames of which `dom` holds grants, oldest grant first, at most `max`.
+    fn oldest_grants(&self, dom: DomId, max: usize, out: &mut Vec<FrameNo>);
+
+    /// local without force: the guest says that it unmapped `frames`; this stands for the
+    /// hypervisor clearing `GTF_reading`. On Xen the hypervisor does it and this does nothing.
+    fn note_unmapped(&self, dom: DomId, frames: &[FrameNo]);
+
+    /// `dom` exists no more: its mappings are gone with it. Revokes all its entries.
+    fn domain_ended(&self, dom: DomId) -> DomainEnd;
+
+    /// Sets how many grants `dom` may hold; replaces an earlier limit.
+    fn set_grants_max(&self, dom: DomId, grants_max: u64);
+
+    /// Calls `visit` for every live grant.
+    fn each_grant(&self, visit: &mut dyn FnMut(GrantInfo));
+
+    /// Compares ledger and tables, entry by entry.
+    fn audit(&self) -> LedgerAudit;
+
+    /// For a live home: the pages that hold something, as the backend itself sees it (local: the
+    /// data of the frame file), for the audit. Ranges `(first, count)`, in order.
+    fn present_pages(&self, home: HomeId) -> Result<Vec<(PageIndex, u64)>, GrantError>;
+}

@@ -1,0 +1,69 @@
+//! Typed errors that keep their numbers.
+
+use crate::ids::{DomId, FrameNo, HomeId};
+
+/// What a backend can refuse. After any error the ledger and the tables are as before the call
+/// unless the call's documentation says otherwise.
+#[derive(Debug, thiserror::Error)]
+pub enum GrantError {
+    /// The backend cannot do this here.
+    #[error("{what} is not supported by the {backend} backend here")]
+    Unsupported {
+        /// The backend's name.
+        backend: &'static str,
+        /// What was asked.
+        what: &'static str,
+    },
+    /// A domain's limit of grants.
+    #[error("{dom} would hold {wanted} grants and may hold {grants_max}")]
+    GrantsOverLimit {
+        /// Who.
+        dom: DomId,
+        /// What it would have had.
+        wanted: u64,
+        /// Its limit.
+        grants_max: u64,
+    },
+    /// All entries of all tables are in use.
+    #[error("the grant table is full: all {entries} entries are in use")]
+    TableFull {
+        /// Entries in all.
+        entries: u64,
+    },
+    /// A frame was to be emptied that somebody still holds.
+    #[error("frame {0:?} is still granted")]
+    StillGranted(FrameNo),
+    /// No such home (any more).
+    #[error("there is no home {0:?}")]
+    NoSuchHome(HomeId),
+    /// A range that does not fit its home, or buffers of the wrong length.
+    #[error("{0}")]
+    BadRange(String),
+    /// The machine has no memory left for frames (a full tmpfs, ENOSPC or ENOMEM).
+    #[error("no memory for frames: {0}")]
+    NoMemory(#[source] std::io::Error),
+    /// A system call failed.
+    #[error("{call}: {source}")]
+    Sys {
+        /// The call, with what it was for.
+        call: &'static str,
+        /// Its error.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+impl GrantError {
+    /// The nearest errno, for a guest that asked.
+    pub fn errno(&self) -> i32 {
+        match self {
+            Self::Unsupported { .. } => libc::EOPNOTSUPP,
+            Self::GrantsOverLimit { .. } => libc::EDQUOT,
+            Self::TableFull { .. } | Self::NoMemory(_) => libc::ENOMEM,
+            Self::StillGranted(_) => libc::EBUSY,
+            Self::NoSuchHome(_) => libc::ESTALE,
+            Self::BadRange(_) => libc::EINVAL,
+            Self::Sys { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
+        }
+    }
+}

@@ -1,0 +1,2 @@
+//! copage.
+fn main() {}
