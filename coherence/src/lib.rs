@@ -1,3 +1,4 @@
 //! The lease state machine of copage, and the messages between daemon and guests.
 #![forbid(unsafe_code)]
 
+pub mod msg;

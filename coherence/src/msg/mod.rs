@@ -9,14 +9,16 @@
 //! fit, a kind nobody knows, a reserved byte that is not zero is a [`DecodeError`].
 
 mod codec;
+mod dir;
 mod notice;
 mod reply;
 mod request;
 mod wire;
 
-pub use codec::{DecodeError, Frame, FrameKind, decode_header};
+pub use codec::{DecodeError, EncodeError, Frame, FrameKind, decode_header};
+pub use dir::{DirReader, DirWriter};
 pub use notice::{FenceReason, InvalidateReason, Notice};
-pub use reply::{Attr, DirEntry, DirReader, DirWriter, FileKind, OpenedFlags, Reply, StatFs, WelcomeFlags};
+pub use reply::{Attr, DirEntry, FileKind, OpenedFlags, Reply, StatFs, WelcomeFlags};
 pub use request::{FaultHint, HelloFlags, OpenHow, Request};
 
 /// The protocol's version. A daemon speaks exactly one; Hello carries the guest's.
@@ -29,6 +31,8 @@ pub const DATA_BYTES_MAX: u32 = 128 * 1024;
 pub const NAME_BYTES_MAX: usize = 255;
 /// The longest name of an export or guest, in bytes.
 pub const LABEL_BYTES_MAX: usize = 64;
+/// The longest text of an Error reply, in bytes.
+pub const ERROR_TEXT_BYTES_MAX: usize = 512;
 /// The most pages one Fault asks for: 2 MiB.
 pub const FAULT_PAGES_MAX: u32 = 512;
 
@@ -56,7 +60,7 @@ pub struct FileToken(pub u64);
 pub struct Generation(pub u32);
 
 /// A run of pages of one generation of an open file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PageRange {
     /// The first page.
     pub first: copage_grants::PageIndex,
