@@ -12,7 +12,9 @@ mod codec;
 mod dir;
 mod notice;
 mod reply;
+mod reply_wire;
 mod request;
+mod request_wire;
 mod wire;
 
 pub use codec::{DecodeError, EncodeError, Frame, FrameKind, decode_header};
