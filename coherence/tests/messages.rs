@@ -2,6 +2,8 @@
 //!
 //! Cannot show: that the two ends mean the same by a message. That is for the tests with a daemon.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use copage_coherence::msg::*;
 use copage_grants::{DomId, Epoch, PageIndex, Version};
 use proptest::prelude::*;

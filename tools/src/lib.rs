@@ -1,1 +1,3 @@
-//! copage.
+//! copage: the daemon and the command, as a library.
+
+pub mod serve;
