@@ -68,7 +68,7 @@ impl DirWriter {
     }
 
     /// Nothing was added.
-    pub const fn is_empty(&self) -> bool {
+    pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
 
