@@ -1,8 +1,13 @@
 //! Frames, grant tables and the ledger of copage, behind one [`Backend`] trait chosen at run time.
 
 pub mod backend;
+pub mod channel;
 pub mod error;
 pub mod ids;
+pub mod limits;
+pub mod sys;
+#[cfg(test)]
+mod testing;
 
 pub use backend::{
     Access, Backend, Capabilities, DomainEnd, GrantInfo, HomeSpec, LedgerAudit, Revocation,

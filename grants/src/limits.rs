@@ -1,0 +1,42 @@
+//! Every constant of this crate: its unit, the reason for it, and the bound of Xen or Linux that it
+//! respects.
+
+/// Entries 0 and 1 of every table are the toolstack's (xenstore and console,
+/// `GNTTAB_NR_RESERVED_ENTRIES` is 8 in the public header, the toolstack uses the first two) and
+/// are never used. The ledger also relies on 0 never naming a grant.
+pub const ENTRIES_RESERVED: u32 = 2;
+
+/// Entries in one table of the local backend, when nothing else is asked. Memory is touched as
+/// entries are used: 24 bytes for each (8 for the entry, 16 for the ledger).
+pub const LOCAL_ENTRIES_DEFAULT: u32 = 1 << 22;
+
+/// Frames that may ever be named, in frames: 2 TiB. Ledger links keep the top bit for themselves.
+pub const FRAMES_MAX: u32 = 1 << 29;
+
+/// Entries in all tables together: the same bit.
+pub const ENTRIES_MAX: u32 = 1 << 30;
+
+/// Grants one domain may hold when nobody set its limit: Xen's default for maptrack entries
+/// (`max_maptrack_frames` 1024, 262,144 mapped pages).
+pub const GRANTS_PER_DOMAIN_DEFAULT: u64 = 262_144;
+
+/// Grants handled under one hold of the ledger's lock by calls that go over many of them (the end
+/// of a domain, the audit, listings): some 100 us.
+pub const GRANTS_PER_LOCK_HOLD: u32 = 4096;
+
+/// Lines in one audit report.
+pub const AUDIT_LINES_MAX: usize = 100;
+
+/// Pages in one 2 MiB unit (a PMD of x86-64 and of Arm with 4 KiB pages).
+pub const HUGE_PAGES: u64 = 512;
+
+/// Connections that wait to be accepted; more are refused by the kernel (bounded by
+/// `net.core.somaxconn`, 4096).
+pub const LISTEN_BACKLOG: i32 = 128;
+
+/// The longest path of a Unix socket, in bytes (`sun_path`, linux/un.h, less the NUL).
+pub const SOCKET_PATH_BYTES_MAX: usize = 107;
+
+/// The longest label of a home, in bytes; what is longer is cut (a name in a tmpfs directory is at
+/// most 255, memfd names 249).
+pub const HOME_LABEL_BYTES_MAX: usize = 64;

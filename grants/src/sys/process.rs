@@ -1,0 +1,80 @@
+//! Of processes: who is at the other end, who may look into this one, how many files it may open.
+
+use super::checked;
+use rustix::process::{DumpableBehavior, Pid, PidfdFlags, Resource, Rlimit};
+use std::io;
+use std::mem::size_of;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+
+/// Makes the calling process one that nobody without CAP_SYS_PTRACE may trace, read through /proc,
+/// or take descriptors from (`pidfd_getfd`), also not its own user. An `execve` undoes it.
+pub fn make_undumpable() -> io::Result<()> {
+    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
+    Ok(())
+}
+
+/// A pidfd of the process at the other end of a connected Unix socket.
+///
+/// The kernel's own (`SO_PEERPIDFD`, Linux 6.5), which names the process that connected and no
+/// other; before that `pidfd_open(pid)`, which names whoever has the number now. An error when the
+/// process is gone.
+pub fn peer_pidfd(socket: impl AsFd, pid: u32) -> io::Result<OwnedFd> {
+    /// include/uapi/asm-generic/socket.h
+    const SO_PEERPIDFD: libc::c_int = 77;
+    let mut fd: RawFd = -1;
+    let mut len = size_of::<RawFd>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes, an int, to `fd`, and the length to `len`; both
+    // live through the call.
+    let result = checked(unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_PEERPIDFD,
+            (&raw mut fd).cast(),
+            &raw mut len,
+        )
+    });
+    match result {
+        // SAFETY: the call returned a new descriptor that nobody else owns.
+        Ok(_) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
+        Ok(_) => Err(io::Error::from_raw_os_error(libc::ESRCH)),
+        Err(e) if e.raw_os_error() == Some(libc::ENOPROTOOPT) => {
+            let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+            let pid = pid.ok_or_else(|| io::Error::from_raw_os_error(libc::ESRCH))?;
+            Ok(rustix::process::pidfd_open(pid, PidfdFlags::empty())?)
+        }
+        Err(e) => Err(e),
+    }
+}
+
+/// Raises the soft limit of open files to the hard one and returns it.
+pub fn raise_open_files() -> io::Result<u64> {
+    let limit = rustix::process::getrlimit(Resource::Nofile);
+    let wanted = limit.maximum;
+    if limit.current != wanted {
+        rustix::process::setrlimit(Resource::Nofile, Rlimit { current: wanted, maximum: wanted })?;
+    }
+    Ok(wanted.unwrap_or(u64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_peer_pidfd_is_of_the_peer() {
+        let (a, _b) = std::os::unix::net::UnixStream::pair().unwrap();
+        let fd = peer_pidfd(&a, std::process::id()).unwrap();
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd())).unwrap();
+        let pid = info.lines().find_map(|line| line.strip_prefix("Pid:")).unwrap();
+        assert_eq!(pid.trim(), std::process::id().to_string());
+    }
+
+    #[test]
+    fn the_limit_of_open_files_rises() {
+        crate::testing::in_child(|| {
+            let hard = raise_open_files().unwrap();
+            assert_eq!(rustix::process::getrlimit(Resource::Nofile).current, Some(hard));
+        });
+    }
+}
