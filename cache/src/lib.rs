@@ -1,1 +1,28 @@
-//! copage.
+//! Exports, files, pages and frames.
+#![forbid(unsafe_code)]
+
+mod cache;
+mod config;
+mod error;
+mod events;
+mod exports;
+mod file;
+pub mod limits;
+mod meta;
+mod pool;
+mod report;
+mod tree;
+
+pub use cache::Cache;
+pub use config::{
+    CacheConfig, ExportId, ExportInfo, ExportMode, ExportSpec, GuestId, GuestLimits, Holder,
+};
+pub use error::CacheError;
+pub use events::{
+    CacheEvent, EventSink, FaultDone, FaultHint, FaultOutcome, FileState, OpenDone, OpenHow,
+    RecallEnd, RecallReason,
+};
+pub use file::{CachedFile, FileId};
+pub use meta::{MetaOp, MetaReply};
+pub use report::{AuditReport, CacheStats, FilePages, GuestStats, PageRun};
+pub use tree::{Attr, Dir, DirItem, Kind, Node, NodeRef, StatFs};

@@ -1,0 +1,9 @@
+//! Names below an export: nodes, attributes, listings.
+
+mod dir;
+mod node;
+mod xattr;
+
+pub use dir::{Dir, DirItem};
+pub use node::{Attr, Kind, Node, NodeRef, StatFs};
+pub(crate) use node::Nodes;
