@@ -1,1 +1,32 @@
-//! copage.
+//! The guest's side of copage: connect to a daemon, map its files, read, run.
+//!
+//! [`Client::connect`] begins a session. [`Client::attach`] gives an [`Export`], whose [`Node`]s are
+//! found by name; [`Node::open`] gives a [`File`], [`File::map`] a [`Mapping`]: plain memory whose
+//! pages are the daemon's frames. What a mapping promises, and when it is SIGBUS, is written there.
+
+mod bitmap;
+mod client;
+mod connect;
+mod error;
+mod export;
+mod file;
+mod limits;
+mod mapped;
+mod mapping;
+mod node;
+mod pager;
+mod rebase;
+mod session;
+mod sys;
+mod uffd;
+mod window;
+
+pub use client::{Client, ConnectOptions, UserfaultMode, UserfaultPolicy, Welcome};
+pub use error::{LostWhy, MmapError, Result};
+pub use export::{Export, ExportMode};
+pub use file::File;
+pub use mapping::{MapKind, MapOptions, Mapping, PageError};
+pub use node::{DirPage, Entry, Node};
+
+/// The types of messages that the guest's side shows.
+pub use copage_coherence::msg::{Attr, FileKind, Handle, OpenHow, StatFs};

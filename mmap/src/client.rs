@@ -1,0 +1,182 @@
+//! Connecting to a daemon, and what a connected guest can ask.
+
+use crate::error::{LostWhy, MmapError, Result};
+use crate::export::Export;
+use crate::node::Node;
+use crate::session::Shared;
+use crate::uffd::Mode;
+use copage_coherence::msg::{Reply, Request};
+use copage_grants::{DomId, Epoch};
+use std::fmt;
+use std::path::Path;
+use std::sync::Arc;
+
+/// Which userfaultfd a client may use; for tests and for machines where one way is known to fail.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum UserfaultPolicy {
+    /// The best that can be had: a full one by system call, by the daemon's `/dev/userfaultfd`, by
+    /// an own one; else one for faults of user mode only; else none (then `File::map` fails and
+    /// everything else works).
+    #[default]
+    Best,
+    /// User mode only, as an unprivileged process gets it: system calls that touch a page which is
+    /// not there fail with EFAULT; [`crate::Mapping::populate`] first.
+    UserModeOnly,
+    /// None: this client will not map.
+    None,
+}
+
+/// What a client tells of itself.
+#[derive(Clone, Debug, Default)]
+pub struct ConnectOptions {
+    /// The name by which access lists know the guest; empty: whatever its credentials say.
+    pub name: String,
+    /// Which userfaultfd to use.
+    pub userfault: UserfaultPolicy,
+}
+
+impl ConnectOptions {
+    /// Options with a name.
+    pub fn named(name: impl Into<String>) -> Self {
+        Self { name: name.into(), ..Self::default() }
+    }
+}
+
+/// What the daemon said when the session began.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Welcome {
+    /// The domid given to this process.
+    pub dom: DomId,
+    /// The session's epoch.
+    pub epoch: Epoch,
+    /// The session lease, in ms; renewed by the library at a third of it.
+    pub lease_ttl_ms: u32,
+    /// The longest an invalidate may take, in ms.
+    pub invalidate_deadline_ms: u32,
+    /// Handles the session may hold.
+    pub handles_max: u32,
+    /// Open files the session may have.
+    pub files_max: u32,
+    /// The daemon can take pages back by force.
+    pub forced_revoke: bool,
+    /// This process cannot write to shared frames whatever it tries.
+    pub read_only_enforced: bool,
+    /// The name by which the daemon knows this guest.
+    pub name: String,
+}
+
+/// How faults reach this process's pager.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UserfaultMode {
+    /// Every fault is served, those of system calls too.
+    Full,
+    /// Faults of user mode only: a system call on a page that is not there fails with EFAULT.
+    UserModeOnly,
+    /// This machine gives no userfaultfd: files cannot be mapped, only read.
+    None,
+}
+
+/// Ends the session when the last user is gone. Does not wait for the library's threads.
+pub(crate) struct ClientHandle {
+    pub(crate) shared: Arc<Shared>,
+}
+
+impl Drop for ClientHandle {
+    fn drop(&mut self) {
+        self.shared.session.close();
+    }
+}
+
+/// A session with a daemon. Clones are the same session; it ends when the last clone, node, file
+/// and mapping of it is dropped, or when it is lost.
+///
+/// All calls may be made from any thread. They are answered by the daemon and can take as long as
+/// a disk takes. In a forked child every call fails with [`MmapError::Forked`] and the mappings are
+/// not there; note that the child keeps the descriptors open until it execs or exits.
+#[derive(Clone)]
+pub struct Client {
+    pub(crate) handle: Arc<ClientHandle>,
+}
+
+impl fmt::Debug for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Client").field("welcome", self.welcome()).finish_non_exhaustive()
+    }
+}
+
+impl Client {
+    /// Begins a session with the daemon that listens at `socket`.
+    pub fn connect(socket: &Path, options: &ConnectOptions) -> Result<Self> {
+        let shared = crate::connect::connect(socket, options)?;
+        Ok(Self { handle: Arc::new(ClientHandle { shared }) })
+    }
+
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.handle.shared
+    }
+
+    /// What the daemon said when the session began.
+    pub fn welcome(&self) -> &Welcome {
+        &self.shared().welcome
+    }
+
+    /// How faults are served here.
+    pub fn userfault_mode(&self) -> UserfaultMode {
+        match self.shared().uffd.as_ref().map(|u| u.mode()) {
+            Ok(Mode::Full) => UserfaultMode::Full,
+            Ok(Mode::UserModeOnly) => UserfaultMode::UserModeOnly,
+            Err(_) => UserfaultMode::None,
+        }
+    }
+
+    /// The names of the exports that this guest may use.
+    pub fn exports(&self) -> Result<Vec<String>> {
+        let answer = self.shared().session.call(&Request::Exports)?;
+        match answer.reply()? {
+            Reply::Exports { names } => Ok(names
+                .split(|&b| b == 0)
+                .filter(|name| !name.is_empty())
+                .map(|name| String::from_utf8_lossy(name).into_owned())
+                .collect()),
+            other => Err(unexpected("Exports", &other)),
+        }
+    }
+
+    /// Uses an export.
+    pub fn attach(&self, name: &str) -> Result<Export> {
+        let answer = self.shared().session.call(&Request::Attach { export: name.as_bytes() })?;
+        match answer.reply()? {
+            Reply::Attached { root, attr, mode } => {
+                Ok(Export::new(name.to_owned(), mode, Node::new(self.clone(), root, attr)))
+            }
+            other => Err(unexpected("Attached", &other)),
+        }
+    }
+
+    /// Calls `callback` once when the session is lost, after every mapping has become SIGBUS; at
+    /// once if it is lost already. It runs on a thread of the library (or on the caller's): it may
+    /// drop or use anything of this session, which fails with [`MmapError::Lost`], and connect
+    /// again. It is not called when the session ends by dropping or [`Client::close`].
+    pub fn on_lost(&self, callback: impl FnOnce(&LostWhy) + Send + 'static) {
+        self.shared().session.on_lost(Box::new(callback));
+    }
+
+    /// Why the session is lost, if it is.
+    pub fn lost(&self) -> Option<LostWhy> {
+        self.shared().session.lost()
+    }
+
+    /// Ends the session now, whoever still uses it: every mapping becomes SIGBUS, every call fails
+    /// with [`LostWhy::Closed`].
+    pub fn close(&self) {
+        self.shared().session.close();
+    }
+}
+
+/// The error for a reply that does not fit the request.
+pub(crate) fn unexpected(wanted: &str, got: &Reply<'_>) -> MmapError {
+    // The variant's name is enough; the data may be long.
+    let text = format!("{got:?}");
+    let name = text.split([' ', '(', '{']).next().unwrap_or_default();
+    MmapError::Protocol(format!("{wanted} was expected, {name} came"))
+}

@@ -1,0 +1,133 @@
+//! The beginning of a session.
+
+use crate::client::{ConnectOptions, UserfaultPolicy, Welcome};
+use crate::error::{LostWhy, MmapError, Result};
+use crate::limits::WELCOME_TIMEOUT;
+use crate::pager::{Pager, now_ms, worker};
+use crate::session::{Answer, Session, Shared};
+use crate::sys::{EventFd, empty_file};
+use crate::uffd::Uffd;
+use copage_coherence::msg::{
+    HelloFlags, MESSAGE_BYTES_MAX, PROTOCOL_VERSION, Reply, Request, WelcomeFlags,
+};
+use copage_grants::Epoch;
+use copage_grants::channel::{Channel, ChannelError, Received};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::io;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+/// Hello's request number; calls go on behind it.
+const HELLO: u64 = 1;
+
+fn channel_error(error: &ChannelError) -> MmapError {
+    match error {
+        ChannelError::Sys { call, source } => MmapError::sys(call, source),
+        ChannelError::Closed => MmapError::Lost(LostWhy::HungUp),
+        other => MmapError::Protocol(other.to_string()),
+    }
+}
+
+/// Waits for the first message.
+fn first_message(channel: &Channel, buf: &mut [u8]) -> Result<Received> {
+    let until = now_ms() + WELCOME_TIMEOUT.as_millis() as u64;
+    loop {
+        let rest = until.saturating_sub(now_ms());
+        let timeout = Timespec {
+            tv_sec: (rest / 1000) as i64,
+            tv_nsec: (rest % 1000 * 1_000_000) as i64,
+        };
+        match poll(&mut [PollFd::new(channel, PollFlags::IN)], Some(&timeout)) {
+            Ok(0) => {
+                return Err(MmapError::Sys {
+                    call: "waiting for the daemon's Welcome",
+                    errno: libc::ETIMEDOUT,
+                });
+            }
+            Ok(_) => match channel.try_recv(buf) {
+                Err(ChannelError::WouldBlock) => {}
+                Err(e) => return Err(channel_error(&e)),
+                Ok(received) => return Ok(received),
+            },
+            Err(rustix::io::Errno::INTR) => {}
+            Err(e) => return Err(MmapError::sys("poll", &e.into())),
+        }
+    }
+}
+
+/// Says Hello and starts the session's two threads.
+pub(crate) fn connect(socket: &Path, options: &ConnectOptions) -> Result<Arc<Shared>> {
+    let channel = Channel::connect(socket).map_err(|e| channel_error(&e))?;
+    let sys = |call| move |e: io::Error| MmapError::sys(call, &e);
+    let wake = EventFd::new().map_err(sys("eventfd"))?;
+    let empty = empty_file().map_err(sys("memfd_create"))?;
+    let full = match options.userfault {
+        UserfaultPolicy::Best => Uffd::full().ok(),
+        UserfaultPolicy::UserModeOnly | UserfaultPolicy::None => None,
+    };
+    let hello = Request::Hello {
+        version: PROTOCOL_VERSION,
+        flags: HelloFlags {
+            wants_userfaultfd: options.userfault == UserfaultPolicy::Best && full.is_none(),
+        },
+        name: options.name.as_bytes(),
+        uuid: [0; 16],
+    };
+    let mut bytes = Vec::new();
+    hello.encode(HELLO, Epoch(0), &mut bytes)?;
+    let hello_ms = now_ms();
+    channel.send(&bytes, None).map_err(|e| channel_error(&e))?;
+    let mut buf = vec![0; MESSAGE_BYTES_MAX];
+    let received = first_message(&channel, &mut buf)?;
+    let answer = Answer::new(buf[..received.len].to_vec(), received.fd);
+    let welcome = match answer.reply()? {
+        Reply::Welcome {
+            dom,
+            epoch,
+            lease_ttl_ms,
+            invalidate_deadline_ms,
+            handles_max,
+            files_max,
+            flags: WelcomeFlags { forced_revoke, read_only_enforced, userfaultfd: _ },
+            name,
+        } => Welcome {
+            dom,
+            epoch,
+            lease_ttl_ms,
+            invalidate_deadline_ms,
+            handles_max,
+            files_max,
+            forced_revoke,
+            read_only_enforced,
+            name: String::from_utf8_lossy(name).into_owned(),
+        },
+        other => return Err(crate::client::unexpected("Welcome", &other)),
+    };
+    let device = answer.fd.as_ref().map(AsFd::as_fd);
+    let uffd = Uffd::open(options.userfault, full, device);
+    let (jobs, todo) = crossbeam_channel::unbounded();
+    let session = Session::new(welcome.epoch, channel, wake, HELLO + 1);
+    let shared = Arc::new(Shared::new(session, welcome, uffd, jobs, empty));
+    let finished = Arc::new(AtomicBool::new(false));
+
+    let pager = Pager::new(Arc::clone(&shared), hello_ms, Arc::clone(&finished));
+    // Should the second thread not start, the first one ends the session when it is told to.
+    std::thread::Builder::new()
+        .name("copage-pager".into())
+        .spawn(move || pager.run())
+        .map_err(sys("starting the pager thread"))?;
+    let worker = Arc::clone(&shared);
+    let started = std::thread::Builder::new().name("copage-worker".into()).spawn({
+        let finished = Arc::clone(&finished);
+        move || worker::run(&worker, &todo, &finished)
+    });
+    if let Err(e) = started {
+        shared.session.lose(LostWhy::Closed);
+        finished.store(true, std::sync::atomic::Ordering::Release);
+        shared.session.wake.signal();
+        return Err(MmapError::sys("starting the worker thread", &e));
+    }
+    Ok(shared)
+}

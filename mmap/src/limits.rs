@@ -1,0 +1,33 @@
+//! Every constant of the guest's side: unit, reason, and the bound of the kernel it respects.
+
+use copage_coherence::msg::FAULT_PAGES_MAX;
+use std::time::Duration;
+
+/// The largest window of one fault, in pages: 2 MiB, one huge frame, and all that one Fault may ask.
+pub(crate) const WINDOW_PAGES_MAX: u32 = FAULT_PAGES_MAX;
+/// The first window of a stream that was recognised, in pages: 64 KiB, what the kernel's fault-around
+/// maps at once (fault_around_bytes).
+pub(crate) const WINDOW_PAGES_FIRST: u32 = 16;
+/// Sequential streams remembered for one mapping. Copying programs have two, linkers a handful.
+pub(crate) const STREAMS_MAX: usize = 8;
+/// Bytes of a huge frame: mappings are placed so that huge frames can be mapped whole.
+pub(crate) const HUGE_BYTES: usize = 2 << 20;
+/// Messages waiting for a daemon that does not read. A full queue means that the daemon is stuck:
+/// at a renewal each third of a term the lease runs out long before requests alone fill it.
+pub(crate) const OUTBOUND_MESSAGES_MAX: usize = 65_536;
+/// Fault events read from the userfaultfd at once.
+pub(crate) const EVENTS_MAX: usize = 32;
+/// Messages taken from the channel before the userfaultfd is looked at again.
+pub(crate) const MESSAGES_BURST_MAX: usize = 64;
+/// Fault requests under way at one time; faults beyond wait in the kernel.
+pub(crate) const IN_FLIGHT_MAX: usize = 1024;
+/// How long `connect` waits for Welcome.
+pub(crate) const WELCOME_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often `populate` asks again for pages that were taken back before they could be mapped.
+pub(crate) const POPULATE_TRIES_MAX: u32 = 16;
+/// How often a system call that says EAGAIN because mappings are just changing is tried again.
+pub(crate) const AGAIN_TRIES_MAX: u32 = 100_000;
+
+const _: () = assert!(WINDOW_PAGES_FIRST.is_power_of_two() && WINDOW_PAGES_MAX.is_power_of_two());
+const _: () = assert!(WINDOW_PAGES_FIRST <= WINDOW_PAGES_MAX);
+const _: () = assert!(WINDOW_PAGES_MAX as usize * copage_grants::PAGE_SIZE == HUGE_BYTES);

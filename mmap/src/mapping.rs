@@ -1,0 +1,385 @@
+//! Mappings: a range of a file as plain memory.
+
+use crate::client::Client;
+use crate::error::{MmapError, Result};
+use crate::file::File;
+use crate::limits::{HUGE_BYTES, POPULATE_TRIES_MAX, WINDOW_PAGES_MAX};
+use crate::mapped::{Mapped, fresh};
+use crate::pager::worker::Job;
+use crate::uffd::Mode;
+use copage_coherence::msg::{FaultHint, Generation, OpenHow, PageRange, Reply, Request};
+use copage_grants::{PAGE_SIZE, PAGE_SIZE_U64, PageIndex};
+use std::fmt;
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Whose stores a mapping shows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum MapKind {
+    /// The file's pages as everybody sees them. Of an `ro` export: read-only.
+    #[default]
+    Shared,
+    /// Readable and writable; a page that is stored to becomes a copy of this mapping's own, and
+    /// stays as it is whatever happens to the file.
+    Private,
+}
+
+/// What to map.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MapOptions {
+    /// From where, in bytes: a multiple of the page size.
+    pub offset: u64,
+    /// How much, in bytes; `None`: up to the end of the file as it is now.
+    pub len: Option<u64>,
+    /// Whose stores it shows.
+    pub kind: MapKind,
+    /// Stores to a `Shared` mapping go to the file. Refused with EACCES: no export is writable yet.
+    /// A `Private` mapping is writable anyway.
+    pub writable: bool,
+}
+
+impl MapOptions {
+    /// The whole file, shared.
+    pub fn shared() -> Self {
+        Self::default()
+    }
+
+    /// The whole file, with stores of one's own.
+    pub fn private() -> Self {
+        Self { kind: MapKind::Private, ..Self::default() }
+    }
+
+    /// `len` bytes from `offset`, which is a multiple of the page size.
+    #[must_use]
+    pub fn range(self, offset: u64, len: u64) -> Self {
+        Self { offset, len: Some(len), ..self }
+    }
+}
+
+/// Why an access to a mapping was SIGBUS.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PageError {
+    /// The page, in bytes from the start of the mapping; `None`: the whole mapping.
+    pub offset: Option<usize>,
+    /// What was wrong; its [`MmapError::errno`] is the errno.
+    pub error: MmapError,
+}
+
+/// A range of a file in memory.
+///
+/// The memory is at [`Mapping::as_ptr`] for [`Mapping::len`] bytes as long as this lives, also as
+/// the file changes: then pages of the new content take the place of the old ones.
+///
+/// An access is **SIGBUS**
+/// - behind the page that holds the file's last byte (as POSIX has it), also when the file has
+///   shrunk; bytes behind the end in the last page are zero;
+/// - on a page that the daemon refused (an I/O error, a limit): [`Mapping::last_error`] says why,
+///   [`Mapping::populate`] of the page tries again;
+/// - anywhere, when the session is lost, in pages stored to privately too;
+/// - anywhere, when the machine would not let a change of the file be mapped (more than
+///   vm.max_map_count parts): [`Mapping::last_error`].
+///
+/// Never wrong bytes. A page that is being taken back or replaced makes the access wait.
+///
+/// With [`crate::UserfaultMode::UserModeOnly`] a system call that reads or writes a page which is
+/// not there fails with EFAULT: [`Mapping::populate`] (or [`Mapping::populate_write`]) first, and
+/// again when it still does, as pages can be taken back at any time.
+///
+/// The range is not there in a forked child (an access is SIGSEGV). Do not mprotect, mremap, munmap
+/// or madvise it: the library relies on it being as it made it.
+///
+/// `Drop` unmaps: no pointer into it may be used then.
+pub struct Mapping {
+    client: Client,
+    mapped: Arc<Mapped>,
+    len: usize,
+}
+
+impl fmt::Debug for Mapping {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Mapping")
+            .field("addr", &self.as_ptr())
+            .field("len", &self.len)
+            .field("kind", &self.kind())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Checks a range; its length in bytes and in whole pages' bytes.
+fn check_range(options: &MapOptions, file_bytes: u64) -> Result<(usize, usize)> {
+    let invalid = |text: String| Err(MmapError::Invalid(text));
+    let offset = options.offset;
+    if !offset.is_multiple_of(PAGE_SIZE_U64) {
+        return invalid(format!("offset {offset} is not a multiple of {PAGE_SIZE}"));
+    }
+    let Some(len) = options.len.or_else(|| file_bytes.checked_sub(offset)) else {
+        return invalid(format!("offset {offset} is past the end of the file, {file_bytes}"));
+    };
+    if len == 0 {
+        return invalid("nothing to map: the range is empty".into());
+    }
+    // loff_t is signed; the last page must be addressable too.
+    let end = offset.checked_add(len).filter(|&end| end <= i64::MAX as u64 - PAGE_SIZE_U64);
+    let too_long = || MmapError::Invalid(format!("{len} bytes from {offset} are no range of a file"));
+    if end.is_none() {
+        return Err(too_long());
+    }
+    let bytes = usize::try_from(len).map_err(|_| too_long())?;
+    let whole = bytes.checked_next_multiple_of(PAGE_SIZE).ok_or_else(too_long)?;
+    Ok((bytes, whole))
+}
+
+impl Mapping {
+    pub(crate) fn new(file: &File, options: &MapOptions) -> Result<Self> {
+        let client = file.client().clone();
+        let shared = client.shared();
+        shared.session.check_process()?;
+        if let Some(why) = shared.session.lost() {
+            return Err(MmapError::Lost(why));
+        }
+        let inner = file.inner();
+        if inner.how() != OpenHow::Map {
+            return Err(MmapError::Access("the file was not opened with OpenHow::Map".into()));
+        }
+        if options.kind == MapKind::Shared && options.writable {
+            return Err(MmapError::Access(
+                "the export is read-only: a shared mapping cannot be writable".into(),
+            ));
+        }
+        let uffd = shared.uffd()?;
+        let private = options.kind == MapKind::Private;
+        if private && !uffd.can_protect() {
+            return Err(MmapError::NoUserfaultfd(
+                "this kernel cannot write-protect mapped files (before 5.19): no private mappings"
+                    .into(),
+            ));
+        }
+        loop {
+            let content = inner.content.lock().clone();
+            let (len, bytes) = check_range(options, content.bytes)?;
+            let align = if bytes >= HUGE_BYTES { HUGE_BYTES } else { PAGE_SIZE };
+            let region = fresh(uffd, &content, options.offset, bytes, options.kind, align)?;
+            let generation = content.generation;
+            let mapped = Arc::new(Mapped::new(
+                Arc::clone(inner),
+                options.kind,
+                options.offset / PAGE_SIZE_U64,
+                generation,
+                region,
+            ));
+            // Entered while the content is held still: a rebase that comes later finds it.
+            let now = inner.content.lock();
+            if now.generation != generation {
+                drop(now);
+                mapped.unmap(shared);
+                continue;
+            }
+            let entered = shared.space.lock().insert(&mapped);
+            drop(now);
+            if !entered {
+                mapped.unmap(shared);
+                return Err(shared.session.lost_error());
+            }
+            return Ok(Self { client, mapped, len });
+        }
+    }
+
+    /// The first byte. Reading is allowed for [`Mapping::len`] bytes as [`Mapping`] says, storing
+    /// for a `Private` mapping only (else SIGSEGV). Never make a reference from it: other processes
+    /// change the bytes, and a reference promises that nobody does. Use volatile or atomic
+    /// accesses, or hand it to system calls.
+    pub fn as_ptr(&self) -> *mut u8 {
+        std::ptr::with_exposed_provenance_mut(self.mapped.addr())
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Never: an empty range cannot be mapped.
+    pub fn is_empty(&self) -> bool {
+        false
+    }
+
+    /// Whose stores it shows.
+    pub fn kind(&self) -> MapKind {
+        self.mapped.kind()
+    }
+
+    /// The content that it shows now.
+    pub fn generation(&self) -> Generation {
+        self.mapped.generation()
+    }
+
+    /// Pages that were stored to privately.
+    pub fn private_pages(&self) -> u64 {
+        match self.client.shared().session.check_process() {
+            Ok(()) => self.mapped.private_pages(),
+            Err(_) => 0,
+        }
+    }
+
+    /// Why the last access that was SIGBUS was, if one was that the library had a say in.
+    pub fn last_error(&self) -> Option<PageError> {
+        self.client.shared().session.check_process().ok()?;
+        self.mapped.last_error()
+    }
+
+    /// Brings the pages of `range` (bytes of the mapping) and maps them, so that the accesses that
+    /// follow do not fault, if the budget lets them stay. Tries pages again that were refused.
+    pub fn populate(&self, range: Range<usize>) -> Result<()> {
+        self.bring(range, false)
+    }
+
+    /// Like [`Mapping::populate`], and makes each page a private copy: for system calls that store
+    /// to the mapping where userfaultfd is of user mode only.
+    pub fn populate_write(&self, range: Range<usize>) -> Result<()> {
+        if self.kind() != MapKind::Private {
+            return Err(MmapError::Access("the mapping is read-only".into()));
+        }
+        self.bring(range, true)
+    }
+
+    fn bring(&self, range: Range<usize>, write: bool) -> Result<()> {
+        let shared = self.client.shared();
+        shared.session.check_process()?;
+        if range.start > range.end || range.end > self.len {
+            return Err(MmapError::Invalid(format!(
+                "{}..{} is not a range of a mapping of {} bytes",
+                range.start, range.end, self.len
+            )));
+        }
+        if range.is_empty() {
+            return Ok(());
+        }
+        let first = range.start / PAGE_SIZE;
+        let end = range.end.div_ceil(PAGE_SIZE);
+        self.mapped.try_again(shared, first, end)?;
+        let step = WINDOW_PAGES_MAX as usize;
+        let mut at = first;
+        while at < end {
+            // Windows end where the daemon's readahead and huge frames end.
+            let place = self.mapped.first_page() as usize + at;
+            let until = (at + (step - place % step)).min(end);
+            self.bring_window(at, until, write)?;
+            at = until;
+        }
+        Ok(())
+    }
+
+    /// Brings at most [`WINDOW_PAGES_MAX`] pages: asks for them, then maps them; again when they
+    /// were taken back in between.
+    fn bring_window(&self, first: usize, end: usize, write: bool) -> Result<()> {
+        let shared = self.client.shared();
+        let mut last = MmapError::Sys { call: "madvise(MADV_POPULATE)", errno: libc::EAGAIN };
+        for _ in 0..POPULATE_TRIES_MAX {
+            self.ask(first, end)?;
+            if write {
+                self.mapped.make_private(shared, first, end)?;
+            }
+            match self.mapped.populate(first, end, write) {
+                Ok(()) => return Ok(()),
+                // EFAULT: a page was taken back, and is not waited for in user mode only; or it is
+                // past the end by now.
+                Err(e) if e.raw_os_error() == Some(libc::EFAULT) => {
+                    last = MmapError::sys("madvise(MADV_POPULATE)", &e);
+                    if let Some(why) = shared.session.lost() {
+                        return Err(MmapError::Lost(why));
+                    }
+                }
+                // Before Linux 5.14 pages are brought, and mapped at the first touch.
+                Err(e) if e.raw_os_error() == Some(libc::EINVAL) => return Ok(()),
+                Err(e) => return Err(MmapError::sys("madvise(MADV_POPULATE)", &e)),
+            }
+        }
+        match self.mapped.last_error() {
+            Some(refused) if shared.uffd()?.mode() == Mode::Full => Err(refused.error),
+            _ => Err(last),
+        }
+    }
+
+    /// Asks the daemon for pages `first..end` of the mapping.
+    fn ask(&self, first: usize, end: usize) -> Result<()> {
+        let shared = self.client.shared();
+        let file = self.mapped.file();
+        let mut at = first;
+        let mut stales = 0;
+        while at < end {
+            let page = self.mapped.first_page() + at as u64;
+            let generation = self.mapped.generation();
+            let request = Request::Fault {
+                file: file.token,
+                generation,
+                range: PageRange { first: PageIndex(page), count: (end - at) as u32 },
+                hint: FaultHint::Populate,
+            };
+            let answer = shared.session.call(&request)?;
+            match answer.reply()? {
+                Reply::Granted { range, .. } => {
+                    let granted = range.first.0.saturating_add(range.count.into());
+                    if granted <= page {
+                        return Err(MmapError::Protocol("granted without the first page".into()));
+                    }
+                    at += ((granted - page) as usize).min(end - at);
+                }
+                Reply::Stale { generation: newest, version, bytes } => {
+                    stales += 1;
+                    if newest <= generation || stales > POPULATE_TRIES_MAX {
+                        return Err(MmapError::Protocol("stale without a newer content".into()));
+                    }
+                    let Some(fd) = answer.fd else {
+                        return Err(MmapError::Protocol("stale without a descriptor".into()));
+                    };
+                    crate::rebase::rebase(
+                        shared,
+                        file,
+                        crate::file::Content {
+                            generation: newest,
+                            version,
+                            bytes,
+                            home: Some(Arc::new(fd)),
+                        },
+                    );
+                    if let Some(PageError { offset: None, error }) = self.mapped.last_error() {
+                        return Err(error);
+                    }
+                    at = first;
+                }
+                other => return Err(crate::client::unexpected("Granted", &other)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the pages of `range` out of this process's page tables; they fault again by
+    /// themselves. Pages stored to privately stay. For tests and benches.
+    pub fn unmap_pages(&self, range: Range<usize>) -> Result<()> {
+        let shared = self.client.shared();
+        shared.session.check_process()?;
+        if range.start > range.end || range.end > self.len {
+            return Err(MmapError::Invalid("not a range of the mapping".into()));
+        }
+        let end = range.end.div_ceil(PAGE_SIZE);
+        self.mapped
+            .discard(shared, range.start / PAGE_SIZE, end)
+            .map_err(|e: io::Error| MmapError::sys("madvise(MADV_DONTNEED)", &e))
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        let shared = self.client.shared();
+        if shared.session.check_process().is_err() {
+            // Not mapped in a child, and what is there now may be something else.
+            self.mapped.abandon();
+            return;
+        }
+        shared.space.lock().remove(&self.mapped);
+        if !self.mapped.try_unmap() {
+            // Somebody is replacing its pages: the worker unmaps it when that is done.
+            let _ = shared.jobs.send(Job::Unmap(Arc::clone(&self.mapped)));
+        }
+    }
+}

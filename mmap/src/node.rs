@@ -1,0 +1,197 @@
+//! Files and directories of an export, by handle.
+
+use crate::client::{Client, unexpected};
+use crate::error::Result;
+use crate::file::File;
+use copage_coherence::msg::{
+    Attr, DATA_BYTES_MAX, DirReader, FileKind, Handle, OpenHow, Reply, Request, StatFs,
+};
+use std::fmt;
+use std::sync::Arc;
+
+struct NodeInner {
+    client: Client,
+    handle: Handle,
+    attr: Attr,
+}
+
+impl Drop for NodeInner {
+    fn drop(&mut self) {
+        // One reply gave one reference; it goes back without waiting.
+        self.client.shared().session.post(&Request::Forget { node: self.handle, count: 1 });
+    }
+}
+
+/// A file or directory. Clones are the same reference; when the last is dropped the daemon is told
+/// to forget it (queued, never waiting).
+#[derive(Clone)]
+pub struct Node {
+    inner: Arc<NodeInner>,
+}
+
+impl fmt::Debug for Node {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Node").field("handle", &self.inner.handle).finish_non_exhaustive()
+    }
+}
+
+/// One entry of a directory.
+#[derive(Clone, Debug)]
+pub struct Entry {
+    /// Pass it to [`Node::readdir_page`] to go on behind this entry.
+    pub cookie: u64,
+    /// Kind.
+    pub kind: FileKind,
+    /// Inode number on the host.
+    pub ino: u64,
+    /// Any bytes but `/` and NUL.
+    pub name: Vec<u8>,
+    /// The node, when nodes were asked for and it could be had; its [`Node::known_attr`] is fresh.
+    pub node: Option<Node>,
+}
+
+/// Some entries of a directory.
+#[derive(Clone, Debug)]
+pub struct DirPage {
+    /// The entries, in the host's order.
+    pub entries: Vec<Entry>,
+    /// Nothing comes behind these.
+    pub end: bool,
+}
+
+impl Node {
+    /// Takes over one reference to `handle`.
+    pub(crate) fn new(client: Client, handle: Handle, attr: Attr) -> Self {
+        Self { inner: Arc::new(NodeInner { client, handle, attr }) }
+    }
+
+    /// The session.
+    pub fn client(&self) -> &Client {
+        &self.inner.client
+    }
+
+    /// The handle; good for comparing nodes of one session.
+    pub fn handle(&self) -> Handle {
+        self.inner.handle
+    }
+
+    /// The attributes that came with the node; [`Node::attr`] asks for new ones.
+    pub fn known_attr(&self) -> &Attr {
+        &self.inner.attr
+    }
+
+    /// What it is.
+    pub fn kind(&self) -> FileKind {
+        self.inner.attr.kind
+    }
+
+    fn call<T>(
+        &self,
+        request: &Request<'_>,
+        take: impl FnOnce(Reply<'_>) -> Result<T>,
+    ) -> Result<T> {
+        let answer = self.inner.client.shared().session.call(request)?;
+        take(answer.reply()?)
+    }
+
+    /// The entry `name` of this directory: one name, any bytes but `/` and NUL, not `.` or `..`.
+    /// Links are not followed.
+    pub fn lookup(&self, name: &[u8]) -> Result<Self> {
+        self.call(&Request::Lookup { parent: self.inner.handle, name }, |reply| match reply {
+            Reply::Entry { node, attr } => Ok(Self::new(self.inner.client.clone(), node, attr)),
+            other => Err(unexpected("Entry", &other)),
+        })
+    }
+
+    /// Its attributes now.
+    pub fn attr(&self) -> Result<Attr> {
+        self.call(&Request::Getattr { node: self.inner.handle }, |reply| match reply {
+            Reply::Attr { attr } => Ok(attr),
+            other => Err(unexpected("Attr", &other)),
+        })
+    }
+
+    fn bytes(&self, request: &Request<'_>) -> Result<Vec<u8>> {
+        self.call(request, |reply| match reply {
+            Reply::Bytes { data } => Ok(data.to_vec()),
+            other => Err(unexpected("Bytes", &other)),
+        })
+    }
+
+    /// Where this symbolic link points.
+    pub fn readlink(&self) -> Result<Vec<u8>> {
+        self.bytes(&Request::Readlink { node: self.inner.handle })
+    }
+
+    /// The value of one extended attribute.
+    pub fn getxattr(&self, name: &[u8]) -> Result<Vec<u8>> {
+        self.bytes(&Request::Getxattr { node: self.inner.handle, name })
+    }
+
+    /// The names of the extended attributes.
+    pub fn listxattr(&self) -> Result<Vec<Vec<u8>>> {
+        let names = self.bytes(&Request::Listxattr { node: self.inner.handle })?;
+        Ok(names.split(|&b| b == 0).filter(|n| !n.is_empty()).map(<[u8]>::to_vec).collect())
+    }
+
+    /// Sizes and quotas of the export.
+    pub fn statfs(&self) -> Result<StatFs> {
+        self.call(&Request::Statfs { node: self.inner.handle }, |reply| match reply {
+            Reply::StatFs(statfs) => Ok(statfs),
+            other => Err(unexpected("StatFs", &other)),
+        })
+    }
+
+    /// Some entries of this directory, behind `cookie` (0: from the start), at most `bytes_max`
+    /// bytes of them as they are encoded; with a node for each (but `.` and `..`) when `nodes`.
+    pub fn readdir_page(&self, cookie: u64, bytes_max: u32, nodes: bool) -> Result<DirPage> {
+        let request = Request::Readdir {
+            node: self.inner.handle,
+            cookie,
+            bytes_max: bytes_max.min(DATA_BYTES_MAX),
+            handles: nodes,
+        };
+        self.call(&request, |reply| match reply {
+            Reply::Dir { end, entries } => {
+                // Nodes are made before any error is returned, so that none leaks.
+                let mut page = DirPage { entries: Vec::new(), end };
+                for entry in DirReader::new(entries) {
+                    let entry = entry?;
+                    page.entries.push(Entry {
+                        cookie: entry.cookie,
+                        kind: entry.kind,
+                        ino: entry.ino,
+                        name: entry.name.to_vec(),
+                        node: entry
+                            .node
+                            .map(|(h, attr)| Self::new(self.inner.client.clone(), h, attr)),
+                    });
+                }
+                Ok(page)
+            }
+            other => Err(unexpected("Dir", &other)),
+        })
+    }
+
+    /// All entries of this directory but `.` and `..`, without nodes.
+    pub fn readdir(&self) -> Result<Vec<Entry>> {
+        let mut all = Vec::new();
+        let mut cookie = 0;
+        loop {
+            let page = self.readdir_page(cookie, DATA_BYTES_MAX, false)?;
+            let Some(last) = page.entries.last() else { break };
+            cookie = last.cookie;
+            all.extend(page.entries.into_iter().filter(|e| e.name != b"." && e.name != b".."));
+            if page.end {
+                break;
+            }
+        }
+        Ok(all)
+    }
+
+    /// Opens this regular file. `Map` to map it, `Read` to read it only; `Pin` to have every page
+    /// there for a plain descriptor, answered when they all are.
+    pub fn open(&self, how: OpenHow) -> Result<File> {
+        File::open(self, how)
+    }
+}

@@ -1,0 +1,110 @@
+//! What the pager must not do itself, because moving pages waits for the pager: a thread that does
+//! nothing until a file changes, pages are taken back, or the session is lost.
+
+use crate::file::{Content, FileInner};
+use crate::mapped::Mapped;
+use crate::rebase::rebase;
+use crate::session::Shared;
+use copage_coherence::msg::{FileToken, Generation, PageRange, Request};
+use copage_grants::{PageIndex, pages_for};
+use crossbeam_channel::Receiver;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// One thing to do.
+pub(crate) enum Job {
+    /// Show a newer content, then say so if a notice asked (`recall`). The file's `rebases` was
+    /// raised by who sends this.
+    Rebase { file: Arc<FileInner>, content: Content, recall: Option<u64> },
+    /// Take pages out of the page tables, then say so.
+    Invalidate { file: Arc<FileInner>, generation: Generation, range: PageRange, recall: u64 },
+    /// A page counted as private is missing: a fresh one in its place.
+    ForgetPrivate { mapped: Arc<Mapped>, file_page: u64 },
+    /// Unmap.
+    Unmap(Arc<Mapped>),
+    /// The session is lost: everything becomes SIGBUS. The last job.
+    Lost,
+}
+
+/// The worker's thread. Ends after [`Job::Lost`]; `finished` tells the pager that it may end too.
+pub(crate) fn run(shared: &Arc<Shared>, jobs: &Receiver<Job>, finished: &AtomicBool) {
+    while let Ok(job) = jobs.recv() {
+        match job {
+            Job::Rebase { file, content, recall } => {
+                do_rebase(shared, &file, content, recall);
+            }
+            Job::Invalidate { file, generation, range, recall } => {
+                invalidate(shared, &file, generation, range);
+                unmapped(shared, file.token, generation, range.first.0, range.count.into());
+                shared.session.post(&Request::Ack { recall });
+            }
+            Job::ForgetPrivate { mapped, file_page } => mapped.forget_private(shared, file_page),
+            Job::Unmap(mapped) => mapped.unmap(shared),
+            Job::Lost => break,
+        }
+    }
+    let mappings = shared.space.lock().close();
+    for mapped in &mappings {
+        mapped.refuse_lost(shared);
+    }
+    // Nothing is left for the pager to read: no page of this session is registered any more.
+    finished.store(true, Ordering::Release);
+    shared.session.wake.signal();
+    drop(mappings);
+    shared.session.tell_lost();
+    // Mappings dropped while they were refused.
+    while let Ok(job) = jobs.try_recv() {
+        if let Job::Unmap(mapped) = job {
+            mapped.unmap(shared);
+        }
+    }
+}
+
+fn do_rebase(shared: &Shared, file: &Arc<FileInner>, content: Content, recall: Option<u64>) {
+    let old = {
+        let known = file.content.lock();
+        (known.generation, known.bytes)
+    };
+    let newest = content.generation;
+    rebase(shared, file, content);
+    // Down first, then wake: a fault that the pager let lie because the count was up is waiting by
+    // now; one that comes later is served.
+    file.rebases.fetch_sub(1, Ordering::SeqCst);
+    if let Ok(uffd) = &shared.uffd {
+        let mappings = shared.space.lock().of_file(file);
+        for mapped in mappings {
+            mapped.wake_all(uffd);
+        }
+    }
+    let (generation, bytes) = old;
+    if generation < newest {
+        unmapped(shared, file.token, generation, 0, pages_for(bytes));
+    }
+    if let Some(recall) = recall {
+        shared.session.post(&Request::Ack { recall });
+    }
+}
+
+fn invalidate(shared: &Shared, file: &Arc<FileInner>, generation: Generation, range: PageRange) {
+    let mappings = shared.space.lock().of_file(file);
+    for mapped in mappings.iter().filter(|m| m.generation() == generation) {
+        if let Some((first, end)) = mapped.clip(range.first.0, range.count)
+            && let Err(e) = mapped.discard(shared, first, end)
+        {
+            // The daemon takes them by force, or fences: its table is the truth.
+            tracing::warn!(error = %e, "pages could not be unmapped");
+        }
+    }
+}
+
+/// Says that `pages` pages from `first` are not mapped any more.
+fn unmapped(shared: &Shared, file: FileToken, generation: Generation, first: u64, pages: u64) {
+    let mut at = first;
+    let end = first.saturating_add(pages);
+    while at < end {
+        let count = u32::try_from(end - at).unwrap_or(u32::MAX);
+        let range = PageRange { first: PageIndex(at), count };
+        shared.session.post(&Request::Unmapped { file, generation, range });
+        at += u64::from(count);
+    }
+}

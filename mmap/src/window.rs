@@ -1,0 +1,144 @@
+//! How much to ask for at a fault: one page where nothing is known, growing windows where a thread
+//! reads on. Pure logic; pages are counted in the file.
+
+use crate::limits::{STREAMS_MAX, WINDOW_PAGES_FIRST, WINDOW_PAGES_MAX};
+use copage_coherence::msg::FaultHint;
+
+/// What to ask for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Window {
+    /// The page that faulted.
+    pub(crate) first: u64,
+    /// At least 1, at most [`WINDOW_PAGES_MAX`].
+    pub(crate) count: u32,
+    pub(crate) hint: FaultHint,
+}
+
+/// One reader that goes forward.
+#[derive(Clone, Copy, Debug)]
+struct Stream {
+    /// The page behind its last window.
+    next: u64,
+    /// Its last window, in pages.
+    pages: u32,
+    /// When it last faulted, in faults of the mapping.
+    used: u64,
+}
+
+/// The readers of one mapping.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Windows {
+    streams: Vec<Stream>,
+    faults: u64,
+}
+
+impl Windows {
+    /// The window for a fault at `page`; `end` is the first page that cannot be asked for, above
+    /// `page`.
+    ///
+    /// A fault just behind a stream's last window, or a little further (pages that others brought
+    /// do not fault), goes on with that stream and its window grows by four, up to 2 MiB. A window
+    /// ends where its size divides the page number, so that the largest are whole huge frames. Any
+    /// other fault asks for one page and may be the start of a stream.
+    pub(crate) fn choose(&mut self, page: u64, end: u64) -> Window {
+        self.faults += 1;
+        let used = self.faults;
+        let found = self.streams.iter_mut().find(|s| {
+            let reach = u64::from(s.pages.max(WINDOW_PAGES_FIRST)) * 2;
+            page >= s.next && page - s.next <= reach
+        });
+        let (pages, hint) = match found {
+            Some(stream) => {
+                let pages = match stream.pages {
+                    1 => WINDOW_PAGES_FIRST,
+                    pages => pages.saturating_mul(4).min(WINDOW_PAGES_MAX),
+                };
+                let aligned = (page + u64::from(pages)) / u64::from(pages) * u64::from(pages);
+                // `aligned` is above `page` by at most `pages`.
+                let count = (aligned.min(end.max(page + 1)) - page) as u32;
+                *stream = Stream { next: page + u64::from(count), pages, used };
+                (count, FaultHint::Sequential)
+            }
+            None => {
+                let stream = Stream { next: page + 1, pages: 1, used };
+                if self.streams.len() < STREAMS_MAX {
+                    self.streams.push(stream);
+                } else if let Some(oldest) = self.streams.iter_mut().min_by_key(|s| s.used) {
+                    *oldest = stream;
+                }
+                (1, FaultHint::Random)
+            }
+        };
+        Window { first: page, count: pages, hint }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const END: u64 = 1 << 30;
+
+    #[test]
+    fn a_sequential_reader_gets_growing_aligned_windows() {
+        let mut windows = Windows::default();
+        let mut page = 0;
+        let mut counts = Vec::new();
+        for _ in 0..8 {
+            let w = windows.choose(page, END);
+            assert_eq!(w.first, page);
+            counts.push(w.count);
+            page += u64::from(w.count);
+        }
+        // 1, up to 16, up to 64, up to 256, up to 512, then whole huge frames.
+        assert_eq!(counts, [1, 15, 48, 192, 256, 512, 512, 512]);
+        assert_eq!(page % u64::from(WINDOW_PAGES_MAX), 0);
+    }
+
+    #[test]
+    fn random_faults_ask_for_one_page() {
+        let mut windows = Windows::default();
+        let mut x = 1u64;
+        for _ in 0..1000 {
+            x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            let page = (x >> 34) * 1000;
+            assert_eq!(windows.choose(page, u64::MAX).count, 1);
+        }
+        assert_eq!(windows.streams.len(), STREAMS_MAX);
+    }
+
+    #[test]
+    fn several_streams_grow_side_by_side() {
+        let mut windows = Windows::default();
+        let mut at: Vec<u64> = (0..STREAMS_MAX as u64).map(|i| i * 1_000_000).collect();
+        for _ in 0..8 {
+            for page in &mut at {
+                *page += u64::from(windows.choose(*page, END).count);
+            }
+        }
+        for page in &mut at {
+            assert!(windows.choose(*page, END).count > 256);
+        }
+    }
+
+    #[test]
+    fn a_stream_survives_pages_that_others_brought_but_not_a_jump() {
+        let mut windows = Windows::default();
+        windows.choose(0, END);
+        windows.choose(1, END);
+        assert_eq!(windows.choose(40, END).hint, FaultHint::Sequential);
+        assert_eq!(windows.choose(100_000, END).hint, FaultHint::Random);
+        assert_eq!(windows.choose(3, END).hint, FaultHint::Random, "backwards");
+    }
+
+    #[test]
+    fn windows_end_with_the_file() {
+        let mut windows = Windows::default();
+        windows.choose(0, 3);
+        assert_eq!(windows.choose(1, 3).count, 2);
+        assert_eq!(Windows::default().choose(7, 7).count, 1, "never nothing");
+        let mut last = Windows::default();
+        last.choose(u64::MAX / 4096 - 1, u64::MAX / 4096 + 1);
+        assert_eq!(last.choose(u64::MAX / 4096, u64::MAX / 4096 + 1).count, 1);
+    }
+}
