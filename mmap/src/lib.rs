@@ -5,6 +5,7 @@
 //! pages are the daemon's frames. What a mapping promises, and when it is SIGBUS, is written there.
 
 mod bitmap;
+pub mod bare;
 mod client;
 mod connect;
 mod error;
@@ -13,6 +14,7 @@ mod file;
 mod limits;
 mod mapped;
 mod mapping;
+pub mod native;
 mod node;
 mod pager;
 mod rebase;
