@@ -1,3 +1,5 @@
 //! copage: the daemon and the command, as a library.
+#![forbid(unsafe_code)]
 
+pub mod config;
 pub mod serve;

@@ -1,0 +1,195 @@
+//! The daemon's settings: what there is, what it is when nothing is said, and what it means.
+//!
+//! Sizes are in MiB, times in ms, as the key's last word says. docs/configuration.md lists every
+//! key; a test compares the two.
+
+pub mod limits;
+
+use std::path::{Path, PathBuf};
+
+/// Where the configuration is looked for when nothing else is said.
+pub const DEFAULT_FILE: &str = "/etc/copage/copage.toml";
+
+/// Everything the daemon is told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Where the sockets are: `guest.sock` and `admin.sock`. Made if it is not there.
+    pub run_dir: PathBuf,
+    /// The budget of frames, in MiB.
+    pub frames_mib: u64,
+    /// The session lease, in ms.
+    pub lease_ttl_ms: u32,
+    /// How long a guest may take over an invalidation, in ms.
+    pub invalidate_deadline_ms: u32,
+    /// How long a fault waits for a host process that has the file open for writing, in ms.
+    pub host_settle_ms: u32,
+    /// Threads that read files.
+    pub fill_threads: u32,
+    /// The longest readahead window, in KiB; a power of two.
+    pub readahead_kib: u32,
+    /// The longest file that is pinned for a mount or a program, in MiB; longer ones go through
+    /// the page cache.
+    pub pin_file_mib: u64,
+    /// Back fully resident 2 MiB units by huge frames where the machine can.
+    pub huge: bool,
+    /// Take pages back by force. `false`: behave as Xen does, where only the guest unmaps.
+    pub force: bool,
+    /// What a guest may have that has no limits of its own.
+    pub limits: Limits,
+    /// The guests that may connect, by uid. Empty: every uid may, and its guest is `uid-N`.
+    pub guests: Vec<GuestConfig>,
+    /// The exports there are from the start.
+    pub exports: Vec<ExportConfig>,
+}
+
+/// What one guest may have. Counts are of one session; memory is of the guest by name, across its
+/// sessions and reconnects.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Grants at a time; beyond it its own oldest go.
+    pub grants_max: u64,
+    /// Handles at a time.
+    pub handles_max: u32,
+    /// Open files at a time.
+    pub files_max: u32,
+    /// Memory pinned by its mounts and programs, and quarantined because of it, in MiB.
+    pub pinned_mib: u64,
+    /// Frames charged to it, in MiB; beyond it its own oldest go. `None`: as many as there are.
+    pub frames_mib: Option<u64>,
+}
+
+/// A guest: a name for a uid.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GuestConfig {
+    /// The name that access lists, charges and displays use.
+    pub name: String,
+    /// The uid its processes have.
+    pub uid: u32,
+    /// What it may have: its own limits, and the general ones where it has none.
+    pub limits: Limits,
+}
+
+/// A directory that guests may use.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExportConfig {
+    /// The name guests use.
+    pub name: String,
+    /// The directory on the host.
+    pub path: PathBuf,
+    /// What guests may do.
+    pub mode: Mode,
+    /// Names of guests that may attach; `*`: all.
+    pub allow: Vec<String>,
+    /// The share group: frames are shared only within one. `None`: one of its own, of its name.
+    pub group: Option<String>,
+}
+
+/// What guests may do with an export. Other modes are designed and not built.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Nobody writes.
+    Ro,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            grants_max: 262_144,
+            handles_max: 16_384,
+            files_max: 4096,
+            pinned_mib: 256,
+            frames_mib: None,
+        }
+    }
+}
+
+impl Default for Config {
+    /// No exports, every uid a guest, 1 GiB of frames.
+    fn default() -> Self {
+        Self {
+            run_dir: default_run_dir(),
+            frames_mib: 1024,
+            lease_ttl_ms: 5000,
+            invalidate_deadline_ms: 5000,
+            host_settle_ms: 200,
+            fill_threads: 2,
+            readahead_kib: 2048,
+            pin_file_mib: 256,
+            huge: true,
+            force: true,
+            limits: Limits::default(),
+            guests: Vec::new(),
+            exports: Vec::new(),
+        }
+    }
+}
+
+impl Config {
+    /// The name and the limits of the guest whose processes have `uid`; `None`: such a process
+    /// may not connect.
+    pub fn guest_of(&self, uid: u32) -> Option<(String, Limits)> {
+        if self.guests.is_empty() {
+            return Some((format!("uid-{uid}"), self.limits));
+        }
+        let guest = self.guests.iter().find(|guest| guest.uid == uid)?;
+        Some((guest.name.clone(), guest.limits))
+    }
+
+    /// The budget, in frames.
+    pub fn frames_max(&self) -> u32 {
+        u32::try_from(mib_to_pages(self.frames_mib)).unwrap_or(u32::MAX - 1)
+    }
+}
+
+impl Limits {
+    /// Pinned memory, in pages.
+    pub fn pinned_pages_max(&self) -> u64 {
+        mib_to_pages(self.pinned_mib)
+    }
+
+    /// Frames charged to it; `u64::MAX` without a limit.
+    pub fn frames_max(&self) -> u64 {
+        self.frames_mib.map_or(u64::MAX, mib_to_pages)
+    }
+}
+
+impl ExportConfig {
+    /// An export as the command line makes one: read-only, for everybody, a group of its own.
+    pub fn new(name: impl Into<String>, path: impl Into<PathBuf>) -> Self {
+        Self {
+            name: name.into(),
+            path: path.into(),
+            mode: Mode::Ro,
+            allow: vec!["*".to_owned()],
+            group: None,
+        }
+    }
+
+    /// The share group's name.
+    pub fn group(&self) -> &str {
+        self.group.as_deref().unwrap_or(&self.name)
+    }
+
+    /// May the guest of this name attach?
+    pub fn allows(&self, guest: &str) -> bool {
+        self.allow.iter().any(|name| name == "*" || name == guest)
+    }
+}
+
+/// Pages in so many MiB.
+pub fn mib_to_pages(mib: u64) -> u64 {
+    mib.saturating_mul((1 << 20) / copage_grants::PAGE_SIZE_U64)
+}
+
+/// Where the sockets are when nothing is said: `/run/copage` for root, else `copage` below
+/// `$XDG_RUNTIME_DIR`, else `/tmp/copage-UID`.
+pub fn default_run_dir() -> PathBuf {
+    let uid = rustix::process::geteuid();
+    if uid.is_root() {
+        return PathBuf::from("/run/copage");
+    }
+    match std::env::var_os("XDG_RUNTIME_DIR") {
+        Some(dir) if Path::new(&dir).is_absolute() => Path::new(&dir).join("copage"),
+        _ => PathBuf::from(format!("/tmp/copage-{}", uid.as_raw())),
+    }
+}
