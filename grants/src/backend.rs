@@ -132,12 +132,18 @@ pub trait Backend: Send + Sync {
     ) -> Result<(), GrantError>;
 
     /// Reads back one page (`buf` is one page long).
-    fn load(&self, home: HomeId, page: PageIndex, frame: FrameNo, buf: &mut [u8])
-    -> Result<(), GrantError>;
+    fn load(
+        &self,
+        home: HomeId,
+        page: PageIndex,
+        frame: FrameNo,
+        buf: &mut [u8],
+    ) -> Result<(), GrantError>;
 
     /// Empties frames: pages `first..first + frames.len()`. Every entry of every frame must have
     /// been revoked, else [`GrantError::StillGranted`] and nothing is discarded.
-    fn discard(&self, home: HomeId, first: PageIndex, frames: &[FrameNo]) -> Result<(), GrantError>;
+    fn discard(&self, home: HomeId, first: PageIndex, frames: &[FrameNo])
+    -> Result<(), GrantError>;
 
     /// Backs `pages` (2 MiB, aligned, all stored) by one 2 MiB frame where the machine can.
     /// `Ok(false)`: not here, nothing changed.

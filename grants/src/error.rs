@@ -39,6 +39,18 @@ pub enum GrantError {
     /// A range that does not fit its home, or buffers of the wrong length.
     #[error("{0}")]
     BadRange(String),
+    /// Pages beside the ones concerned were lost with them (they had to be moved, and there was no
+    /// memory to put them back): none of the range is there any more.
+    #[error("pages {first} to {} of a home are lost: {cause}", .first + .count - 1)]
+    PagesLost {
+        /// The first page of the range.
+        first: u64,
+        /// Pages in it.
+        count: u64,
+        /// Why they could not be put back.
+        #[source]
+        cause: Box<GrantError>,
+    },
     /// The machine has no memory left for frames (a full tmpfs, ENOSPC or ENOMEM).
     #[error("no memory for frames: {0}")]
     NoMemory(#[source] std::io::Error),
@@ -63,6 +75,7 @@ impl GrantError {
             Self::StillGranted(_) => libc::EBUSY,
             Self::NoSuchHome(_) => libc::ESTALE,
             Self::BadRange(_) => libc::EINVAL,
+            Self::PagesLost { cause, .. } => cause.errno(),
             Self::Sys { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
         }
     }

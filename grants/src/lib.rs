@@ -2,12 +2,18 @@
 
 pub mod backend;
 pub mod channel;
+pub mod entry;
 pub mod error;
 pub mod ids;
+mod ledger;
 pub mod limits;
+pub mod local;
+mod sync;
 pub mod sys;
+pub mod table;
 #[cfg(test)]
 mod testing;
+pub mod volatile;
 
 pub use backend::{
     Access, Backend, Capabilities, DomainEnd, GrantInfo, HomeSpec, LedgerAudit, Revocation,
@@ -17,3 +23,4 @@ pub use ids::{
     DomId, Epoch, FrameNo, Grant, GrantRef, HomeId, PAGE_SIZE, PAGE_SIZE_U64, PageIndex, TableId,
     Version, pages_for,
 };
+pub use local::{FrameStore, LocalBackend, LocalConfig};

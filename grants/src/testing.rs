@@ -12,7 +12,11 @@ fn fork() -> Option<Pid> {
 /// Runs `child` in a forked process and panics unless it returned.
 pub(crate) fn in_child(child: impl FnOnce()) {
     let status = status_of_child(child);
-    assert_eq!(status.exit_status(), Some(0), "the child failed: {status:?}");
+    assert_eq!(
+        status.exit_status(),
+        Some(0),
+        "the child failed: {status:?}"
+    );
 }
 
 /// Runs `child` in a forked process; 0 when it returned, 101 when it panicked.
@@ -51,7 +55,10 @@ pub(crate) fn wait(pid: Pid) -> WaitStatus {
 /// Waits until `pid` is stopped.
 pub(crate) fn wait_stopped(pid: Pid) {
     let status = rustix::process::waitpid(Some(pid), WaitOptions::UNTRACED).unwrap();
-    assert!(status.is_some_and(|(_, status)| status.stopped()), "{status:?}");
+    assert!(
+        status.is_some_and(|(_, status)| status.stopped()),
+        "{status:?}"
+    );
 }
 
 /// Is the test run by root? When not, says on the output that `what` was not tested.

@@ -53,7 +53,11 @@ impl Listener {
             .map_err(ChannelError::sys("chmod of the socket"))?;
         rustix::net::listen(&socket, LISTEN_BACKLOG).map_err(ChannelError::sys("listen"))?;
         let name = name_of(path).map_err(ChannelError::sys("stat of the socket"))?;
-        Ok(Self { socket, path: path.to_owned(), name })
+        Ok(Self {
+            socket,
+            path: path.to_owned(),
+            name,
+        })
     }
 
     /// Where it listens.
@@ -83,9 +87,16 @@ impl Listener {
         let creds = rustix::net::sockopt::socket_peercred(&socket)
             .map_err(ChannelError::sys("SO_PEERCRED"))?;
         let pid = creds.pid.as_raw_nonzero().get().unsigned_abs();
-        let pidfd = sys::peer_pidfd(&socket, pid)
-            .map_err(|source| ChannelError::Sys { call: "SO_PEERPIDFD", source })?;
-        let peer = Peer { uid: creds.uid.as_raw(), gid: creds.gid.as_raw(), pid, pidfd };
+        let pidfd = sys::peer_pidfd(&socket, pid).map_err(|source| ChannelError::Sys {
+            call: "SO_PEERPIDFD",
+            source,
+        })?;
+        let peer = Peer {
+            uid: creds.uid.as_raw(),
+            gid: creds.gid.as_raw(),
+            pid,
+            pidfd,
+        };
         Ok((Channel::new(socket, false), peer))
     }
 }
@@ -145,5 +156,8 @@ fn is_abandoned(path: &Path, address: &SocketAddrUnix) -> Result<bool, ChannelEr
     let probe = seqpacket_socket()?;
     // A full backlog must not hold up the start.
     rustix::io::ioctl_fionbio(&probe, true).map_err(ChannelError::sys("FIONBIO"))?;
-    Ok(matches!(rustix::net::connect(&probe, address), Err(Errno::CONNREFUSED)))
+    Ok(matches!(
+        rustix::net::connect(&probe, address),
+        Err(Errno::CONNREFUSED)
+    ))
 }

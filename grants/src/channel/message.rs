@@ -43,7 +43,10 @@ pub enum ChannelError {
 
 impl ChannelError {
     pub(super) fn sys(call: &'static str) -> impl Fn(rustix::io::Errno) -> Self {
-        move |errno| Self::Sys { call, source: errno.into() }
+        move |errno| Self::Sys {
+            call,
+            source: errno.into(),
+        }
     }
 }
 
@@ -88,7 +91,10 @@ impl Channel {
     /// A connected `SOCK_SEQPACKET` socket as a channel. Without `takes_descriptors` none that the
     /// other end sends ever comes into this process.
     pub fn new(socket: OwnedFd, takes_descriptors: bool) -> Self {
-        Self { socket, takes_descriptors }
+        Self {
+            socket,
+            takes_descriptors,
+        }
     }
 
     /// Makes every later call of both directions return [`ChannelError::WouldBlock`] instead of
@@ -156,11 +162,20 @@ impl Channel {
         let buffer_bytes = buf.len();
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         // With no room for control messages the kernel drops descriptors before they are installed.
-        let room = if self.takes_descriptors { space.len() } else { 0 };
+        let room = if self.takes_descriptors {
+            space.len()
+        } else {
+            0
+        };
         let mut control = RecvAncillaryBuffer::new(&mut space[..room]);
         let flags = flags | RecvFlags::CMSG_CLOEXEC;
         let received = rustix::io::retry_on_intr(|| {
-            rustix::net::recvmsg(&self.socket, &mut [IoSliceMut::new(buf)], &mut control, flags)
+            rustix::net::recvmsg(
+                &self.socket,
+                &mut [IoSliceMut::new(buf)],
+                &mut control,
+                flags,
+            )
         });
         // Alignment leaves room for a second descriptor: whatever is not the first is closed here.
         let fd = control
@@ -176,7 +191,10 @@ impl Channel {
                 Err(ChannelError::Truncated { buffer_bytes })
             }
             Ok(message) if message.bytes == 0 => Err(ChannelError::Closed),
-            Ok(message) => Ok(Received { len: message.bytes, fd }),
+            Ok(message) => Ok(Received {
+                len: message.bytes,
+                fd,
+            }),
             Err(Errno::AGAIN) => Err(ChannelError::WouldBlock),
             Err(Errno::CONNRESET) => Err(ChannelError::Closed),
             Err(errno) => Err(ChannelError::sys("recvmsg")(errno)),

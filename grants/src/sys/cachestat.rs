@@ -65,7 +65,12 @@ pub fn cachestat(fd: impl AsFd, offset: u64, len: u64) -> io::Result<Option<Cach
 /// Drops clean cached pages of `len` bytes from `offset` (`POSIX_FADV_DONTNEED`); `len` 0 means up
 /// to the end. Pages that are mapped, dirty or only partly in the range stay.
 pub fn drop_cached(fd: impl AsFd, offset: u64, len: u64) -> io::Result<()> {
-    rustix::fs::fadvise(fd, offset, NonZeroU64::new(len), rustix::fs::Advice::DontNeed)?;
+    rustix::fs::fadvise(
+        fd,
+        offset,
+        NonZeroU64::new(len),
+        rustix::fs::Advice::DontNeed,
+    )?;
     Ok(())
 }
 

@@ -77,7 +77,13 @@ mod tests {
     fn a_write_lease_needs_to_be_alone() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("f");
-        let own = File::options().create(true).truncate(true).read(true).write(true).open(&path).unwrap();
+        let own = File::options()
+            .create(true)
+            .truncate(true)
+            .read(true)
+            .write(true)
+            .open(&path)
+            .unwrap();
         set_lease_signal(&own, libc::SIGURG).unwrap();
         let other = File::open(&path).unwrap();
         assert_eq!(

@@ -55,9 +55,12 @@ impl PageMap {
     /// error (`UnexpectedEof`).
     pub fn entries(&self, address: usize, out: &mut [PageMapEntry]) -> io::Result<()> {
         let mut bytes = vec![0u8; out.len() * 8];
-        self.0.read_exact_at(&mut bytes, address as u64 / PAGE_SIZE_U64 * 8)?;
-        for (entry, record) in out.iter_mut().zip(bytes.as_chunks::<8>().0) {
-            *entry = PageMapEntry(u64::from_ne_bytes(*record));
+        self.0
+            .read_exact_at(&mut bytes, address as u64 / PAGE_SIZE_U64 * 8)?;
+        for (entry, record) in out.iter_mut().zip(bytes.chunks_exact(8)) {
+            let mut word = [0u8; 8];
+            word.copy_from_slice(record);
+            *entry = PageMapEntry(u64::from_ne_bytes(word));
         }
         Ok(())
     }
@@ -70,7 +73,10 @@ mod tests {
     #[test]
     fn an_own_page_is_present() {
         let value = Box::new(7u64);
-        let entry = PageMap::own().unwrap().entry((&raw const *value).addr()).unwrap();
+        let entry = PageMap::own()
+            .unwrap()
+            .entry((&raw const *value).addr())
+            .unwrap();
         assert!(entry.present());
         assert!(!entry.file_backed());
     }

@@ -52,7 +52,13 @@ pub fn raise_open_files() -> io::Result<u64> {
     let limit = rustix::process::getrlimit(Resource::Nofile);
     let wanted = limit.maximum;
     if limit.current != wanted {
-        rustix::process::setrlimit(Resource::Nofile, Rlimit { current: wanted, maximum: wanted })?;
+        rustix::process::setrlimit(
+            Resource::Nofile,
+            Rlimit {
+                current: wanted,
+                maximum: wanted,
+            },
+        )?;
     }
     Ok(wanted.unwrap_or(u64::MAX))
 }
@@ -65,8 +71,12 @@ mod tests {
     fn a_peer_pidfd_is_of_the_peer() {
         let (a, _b) = std::os::unix::net::UnixStream::pair().unwrap();
         let fd = peer_pidfd(&a, std::process::id()).unwrap();
-        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd())).unwrap();
-        let pid = info.lines().find_map(|line| line.strip_prefix("Pid:")).unwrap();
+        let info =
+            std::fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd())).unwrap();
+        let pid = info
+            .lines()
+            .find_map(|line| line.strip_prefix("Pid:"))
+            .unwrap();
         assert_eq!(pid.trim(), std::process::id().to_string());
     }
 
@@ -74,7 +84,10 @@ mod tests {
     fn the_limit_of_open_files_rises() {
         crate::testing::in_child(|| {
             let hard = raise_open_files().unwrap();
-            assert_eq!(rustix::process::getrlimit(Resource::Nofile).current, Some(hard));
+            assert_eq!(
+                rustix::process::getrlimit(Resource::Nofile).current,
+                Some(hard)
+            );
         });
     }
 }

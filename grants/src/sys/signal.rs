@@ -31,8 +31,13 @@ fn signal_set(signals: &[i32]) -> io::Result<libc::sigset_t> {
 pub fn block_signals(signals: &[i32]) -> io::Result<()> {
     let set = signal_set(signals)?;
     // SAFETY: the set is initialised, the old mask is not wanted (a null pointer is allowed).
-    let errno = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };
-    if errno == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(errno)) }
+    let errno =
+        unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };
+    if errno == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::from_raw_os_error(errno))
+    }
 }
 
 /// One signal that was sent.
@@ -78,12 +83,12 @@ impl SignalFd {
         // struct signalfd_siginfo (linux/signalfd.h): ssi_signo, ssi_errno, ssi_code, ssi_pid,
         // ssi_uid, ssi_fd, each four bytes.
         let word = |at: usize| {
-            u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+            i32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
         };
         Ok(Some(SignalInfo {
-            signal: word(0).cast_signed(),
-            pid: word(12),
-            fd: word(20).cast_signed(),
+            signal: word(0),
+            pid: word(12).unsigned_abs(),
+            fd: word(20),
         }))
     }
 }

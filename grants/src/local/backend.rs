@@ -1,0 +1,182 @@
+//! The local backend as the trait has it.
+
+use super::home::Home;
+use super::{FrameStore, LocalBackend};
+use crate::backend::{
+    Access, Backend, Capabilities, DomainEnd, GrantInfo, HomeSpec, LedgerAudit, Revocation,
+};
+use crate::error::GrantError;
+use crate::ids::{DomId, FrameNo, Grant, HomeId, PAGE_SIZE, PageIndex};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+fn check_length(what: &str, have: usize, wanted: usize) -> Result<(), GrantError> {
+    if have == wanted {
+        Ok(())
+    } else {
+        Err(GrantError::BadRange(format!(
+            "{what} of {have} bytes for {wanted} bytes of pages"
+        )))
+    }
+}
+
+impl Backend for LocalBackend {
+    fn name(&self) -> &'static str {
+        "local"
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            frames_shared: true,
+            read_only_enforced: self.files.kind() == FrameStore::PrivateMount
+                || self.config.guests_other_uid,
+            executable_mappings: self.files.executable(),
+            forced_revoke: self.config.force,
+            in_place_upgrade: false,
+            descriptors: true,
+        }
+    }
+
+    fn open_home(&self, spec: &HomeSpec) -> Result<HomeId, GrantError> {
+        let id = self.next_home.fetch_add(1, Ordering::Relaxed);
+        let home = Home::create(&self.files, id, &spec.label, spec.bytes)?;
+        self.homes.write().insert(HomeId(id), Arc::new(home));
+        Ok(HomeId(id))
+    }
+
+    fn close_home(&self, home: HomeId) -> Result<(), GrantError> {
+        let closed = self
+            .homes
+            .write()
+            .remove(&home)
+            .ok_or(GrantError::NoSuchHome(home))?;
+        closed.close(&self.files)
+    }
+
+    fn home_descriptor(&self, home: HomeId) -> Result<OwnedFd, GrantError> {
+        self.home(home)?.descriptor(&self.files)
+    }
+
+    fn home_in_use(&self, home: HomeId) -> Result<bool, GrantError> {
+        self.home(home)?.in_use()
+    }
+
+    fn store(
+        &self,
+        home: HomeId,
+        first: PageIndex,
+        frames: &[FrameNo],
+        data: &[u8],
+    ) -> Result<(), GrantError> {
+        check_length("data", data.len(), frames.len() * PAGE_SIZE)?;
+        if self.home(home)?.store(first.0, data)? {
+            self.foreign_pages.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    fn load(
+        &self,
+        home: HomeId,
+        page: PageIndex,
+        _frame: FrameNo,
+        buf: &mut [u8],
+    ) -> Result<(), GrantError> {
+        check_length("a buffer", buf.len(), PAGE_SIZE)?;
+        self.home(home)?.load(page.0, buf)
+    }
+
+    fn discard(
+        &self,
+        home: HomeId,
+        first: PageIndex,
+        frames: &[FrameNo],
+    ) -> Result<(), GrantError> {
+        if let Some(frame) = self.tables.first_granted(frames) {
+            return Err(GrantError::StillGranted(frame));
+        }
+        self.home(home)?.discard(first.0, frames.len())
+    }
+
+    fn make_huge(&self, home: HomeId, first: PageIndex) -> Result<bool, GrantError> {
+        self.home(home)?.make_huge(first.0)
+    }
+
+    fn grant(
+        &self,
+        dom: DomId,
+        access: Access,
+        frames: &[FrameNo],
+        out: &mut Vec<Grant>,
+    ) -> Result<(), GrantError> {
+        self.tables.grant(dom, access, frames, true, out)
+    }
+
+    fn revoke(&self, dom: DomId, frames: &[FrameNo], out: &mut Vec<Revocation>) {
+        self.tables.revoke(dom, frames, out);
+    }
+
+    fn force_out(
+        &self,
+        home: HomeId,
+        first: PageIndex,
+        frames: &[FrameNo],
+        evicted: &mut dyn FnMut(FrameNo, DomId),
+    ) -> Result<(), GrantError> {
+        if !self.config.force {
+            return Err(GrantError::Unsupported {
+                backend: "local",
+                what: "forced revocation",
+            });
+        }
+        // Out of the file first: only then is it true that nobody maps them.
+        self.home(home)?.discard(first.0, frames.len())?;
+        self.tables.end_all(frames, evicted);
+        Ok(())
+    }
+
+    fn holders(&self, frame: FrameNo, out: &mut Vec<DomId>) {
+        self.tables.holders(frame, out);
+    }
+
+    fn holder_count(&self, frame: FrameNo) -> u32 {
+        self.tables.holder_count(frame)
+    }
+
+    fn grant_count(&self, dom: DomId) -> u64 {
+        self.tables.grant_count(dom)
+    }
+
+    fn oldest_grants(&self, dom: DomId, max: usize, out: &mut Vec<FrameNo>) {
+        self.tables.oldest_grants(dom, max, out);
+    }
+
+    fn note_unmapped(&self, dom: DomId, frames: &[FrameNo]) {
+        self.tables.clear_mapped(dom, frames);
+    }
+
+    fn domain_ended(&self, dom: DomId) -> DomainEnd {
+        self.tables.domain_ended(dom, true)
+    }
+
+    fn set_grants_max(&self, dom: DomId, grants_max: u64) {
+        self.tables.set_grants_max(dom, grants_max);
+    }
+
+    fn each_grant(&self, visit: &mut dyn FnMut(GrantInfo)) {
+        self.tables.each_grant(visit);
+    }
+
+    fn audit(&self) -> LedgerAudit {
+        self.tables.audit()
+    }
+
+    fn present_pages(&self, home: HomeId) -> Result<Vec<(PageIndex, u64)>, GrantError> {
+        let runs = self.home(home)?.present_pages()?;
+        Ok(runs
+            .into_iter()
+            .map(|(first, count)| (PageIndex(first), count))
+            .collect())
+    }
+}

@@ -1,0 +1,155 @@
+//! The backend for one host without a hypervisor: processes are the guests, pages of tmpfs files
+//! the frames.
+//!
+//! Each home is a *frame file*. Guests get descriptors of it that nobody can make writable. A
+//! descriptor covers a whole file, so the ledger here records the protocol rather than enforcing
+//! it: what a guest with a descriptor can read is whatever pages the file holds. Taking a page back
+//! is punching it out of the file, which unmaps it everywhere, also from a stopped process.
+//!
+//! Since a guest may map at any moment what it was granted, entries show a mapping from the moment
+//! they are written. The bit goes when the guest says that it unmapped (which is its word, where
+//! Xen has the hypervisor's), when it ends, or by force.
+//!
+//! **A hole in a frame file reads as zeros** to whoever maps it without a fault handler, and the
+//! kernel then keeps the page of zeros in the file, where others find it. Guests that use the
+//! library never do that. A hostile guest can: see [`LocalBackend::foreign_pages`] and the
+//! [`frames`] module.
+
+mod backend;
+mod frames;
+mod home;
+mod huge;
+
+pub use frames::FrameStore;
+
+use crate::entry::OwnEntries;
+use crate::error::GrantError;
+use crate::ids::{FrameNo, HomeId, TableId};
+use crate::limits::{HUGE_PAGES, LOCAL_ENTRIES_DEFAULT};
+use crate::table::{GrantTables, Placement};
+use frames::FrameFiles;
+use home::Home;
+use parking_lot::RwLock;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// How the local backend is to be.
+#[derive(Clone, Debug)]
+pub struct LocalConfig {
+    /// Take pages back by punching them out from under whoever maps them. `false`: behave as Xen
+    /// does, where what is mapped cannot be taken back.
+    pub force: bool,
+    /// Every guest runs as another user than the daemon, none as root: then permission bits alone
+    /// keep guests from writing, also where no private mount is to be had.
+    pub guests_other_uid: bool,
+    /// The most bytes that all frame files together may hold; `None`: what the machine has. For
+    /// tests of a full tmpfs; only with a private mount.
+    pub size_max_bytes: Option<u64>,
+    /// Entries of the grant table: the most grants that can be live at one time.
+    pub entries: u32,
+    /// Where frame files are made.
+    pub store: FrameStore,
+}
+
+impl Default for LocalConfig {
+    fn default() -> Self {
+        Self {
+            force: true,
+            guests_other_uid: false,
+            size_max_bytes: None,
+            entries: LOCAL_ENTRIES_DEFAULT,
+            store: FrameStore::Auto,
+        }
+    }
+}
+
+/// All frames are in the one table, and entries call them by their number.
+struct OneTable;
+
+impl Placement for OneTable {
+    #[inline]
+    fn place(&self, frame: FrameNo) -> (TableId, u32) {
+        (TableId(0), frame.0)
+    }
+}
+
+/// See the module.
+pub struct LocalBackend {
+    config: LocalConfig,
+    files: FrameFiles,
+    homes: RwLock<HashMap<HomeId, Arc<Home>>>,
+    next_home: AtomicU64,
+    tables: GrantTables<OwnEntries, OneTable>,
+    foreign_pages: AtomicU64,
+}
+
+impl LocalBackend {
+    /// Makes the table and the place for frame files, and tries the latter out.
+    ///
+    /// # Errors
+    /// `Unsupported` when this machine's settings would put huge pages under frame files (pages
+    /// that were never filled would then read as zeros), or when something was asked for that only
+    /// a private mount has.
+    pub fn new(config: LocalConfig) -> Result<Self, GrantError> {
+        let files = FrameFiles::new(config.store, config.size_max_bytes)?;
+        let tables = GrantTables::new(OneTable);
+        let entries = u64::from(config.entries);
+        tables
+            .add_table(OwnEntries::new(config.entries).ok_or(GrantError::TableFull { entries })?)?;
+        let backend = Self {
+            config,
+            files,
+            homes: RwLock::new(HashMap::new()),
+            next_home: AtomicU64::new(1),
+            tables,
+            foreign_pages: AtomicU64::new(0),
+        };
+        backend.probe()?;
+        Ok(backend)
+    }
+
+    /// Which kind of frame files were to be had: never [`FrameStore::Auto`].
+    pub fn store_kind(&self) -> FrameStore {
+        self.files.kind()
+    }
+
+    /// Runs of pages found in frame files that the daemon never put there, when it came to fill
+    /// them: somebody mapped a home without a fault handler and read a hole. They were zeros, and
+    /// were removed before the right content came.
+    pub fn foreign_pages(&self) -> u64 {
+        self.foreign_pages.load(Ordering::Relaxed)
+    }
+
+    /// A write of one page must allocate one page: with huge pages its neighbours would be there
+    /// too, as zeros, without ever having been filled.
+    fn probe(&self) -> Result<(), GrantError> {
+        const PROBE_PAGES: u64 = 2 * HUGE_PAGES;
+        let home = Home::create(
+            &self.files,
+            0,
+            "probe",
+            PROBE_PAGES * crate::ids::PAGE_SIZE_U64,
+        )?;
+        home.store(1, &[1u8; crate::ids::PAGE_SIZE])?;
+        let present = home.present_pages()?;
+        home.close(&self.files)?;
+        if present == [(1, 1)] {
+            Ok(())
+        } else {
+            Err(GrantError::Unsupported {
+                backend: "local",
+                what: "a frame file (set /sys/kernel/mm/transparent_hugepage/shmem_enabled to \
+                       never: it puts huge pages under every tmpfs file)",
+            })
+        }
+    }
+
+    fn home(&self, home: HomeId) -> Result<Arc<Home>, GrantError> {
+        self.homes
+            .read()
+            .get(&home)
+            .cloned()
+            .ok_or(GrantError::NoSuchHome(home))
+    }
+}
