@@ -162,7 +162,12 @@ impl FrameFiles {
                     .map_err(sys("open of a frame file"))?
             }
             Self::Memfd { executable, .. } => {
-                new_memfd(&name, *executable).map_err(sys("memfd_create"))?
+                let made = new_memfd(&name, *executable).map_err(sys("memfd_create"))?;
+                // The file as memfd_create opened it does not count as a writer of its inode, and
+                // the kernel would refuse the write lease that tells whether others have it open.
+                let path = format!("/proc/self/fd/{}", made.as_raw_fd());
+                rustix::fs::open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
+                    .map_err(sys("open of a frame file"))?
             }
         };
         // For programs to be run from it by anybody, whatever the umask.
