@@ -4,9 +4,9 @@ use crate::client::{Client, unexpected};
 use crate::error::{MmapError, Result};
 use crate::mapping::{MapOptions, Mapping};
 use crate::node::Node;
+use crate::quiet::{Leaf, LeafGuard};
 use copage_coherence::msg::{DATA_BYTES_MAX, FileToken, Generation, OpenHow, Reply, Request};
 use copage_grants::Version;
-use parking_lot::Mutex;
 use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -31,8 +31,12 @@ pub(crate) struct FileInner {
     how: OpenHow,
     pinned: bool,
     host_bounded: bool,
+    /// The version that was opened.
+    opened_version: Version,
+    /// The home that was pinned. A newer content has another home, whose pages need not be there.
+    pinned_home: Option<Arc<OwnedFd>>,
     /// Held only to look or to replace; mappings are entered in the table under it.
-    pub(crate) content: Mutex<Content>,
+    pub(crate) content: Leaf<Content>,
     /// Rebases queued and not done. While it is not zero the pager lets faults of this file lie:
     /// who brings it down wakes them all.
     pub(crate) rebases: AtomicU32,
@@ -85,6 +89,7 @@ impl File {
             }
             other => return Err(unexpected("Opened", &other)),
         };
+        let home = answer.fd.map(Arc::new);
         // From here on the open is ended by dropping.
         let file = Self {
             inner: Arc::new(FileInner {
@@ -93,7 +98,9 @@ impl File {
                 how,
                 pinned: flags.pinned,
                 host_bounded: flags.host_bounded,
-                content: Mutex::new(Content { home: answer.fd.map(Arc::new), ..content }),
+                opened_version: content.version,
+                pinned_home: home.clone().filter(|_| how == OpenHow::Pin),
+                content: Leaf::new(Content { home, ..content }),
                 rebases: AtomicU32::new(0),
                 closed: AtomicBool::new(false),
             }),
@@ -120,7 +127,16 @@ impl File {
 
     /// Length in bytes, as last heard from the daemon.
     pub fn len(&self) -> u64 {
-        self.inner.content.lock().bytes
+        self.known().map_or(0, |content| content.bytes)
+    }
+
+    /// What is known of the content. In a forked child the lock may be held for ever, by a thread
+    /// that is not there.
+    fn known(&self) -> Option<LeafGuard<'_, Content>> {
+        match self.inner.client.shared().session.check_process() {
+            Ok(()) => Some(self.inner.content.lock()),
+            Err(_) => self.inner.content.try_lock(),
+        }
     }
 
     /// Has it no bytes?
@@ -130,12 +146,18 @@ impl File {
 
     /// The content that this session sees: rises when the host changes the file.
     pub fn generation(&self) -> Generation {
-        self.inner.content.lock().generation
+        self.known().map_or(Generation(0), |content| content.generation)
     }
 
     /// The version of that content.
     pub fn version(&self) -> Version {
-        self.inner.content.lock().version
+        self.known().map_or(Version(0), |content| content.version)
+    }
+
+    /// The version that was there when the file was opened: a pinned file's descriptor shows it for
+    /// ever.
+    pub fn opened_version(&self) -> Version {
+        self.inner.opened_version
     }
 
     /// At open the daemon had no kernel lease on the host's file: the host's changes are noticed at
@@ -199,7 +221,7 @@ impl File {
             ));
         }
         self.inner.client.shared().session.check_process()?;
-        let home = self.inner.content.lock().home.clone();
+        let home = self.inner.pinned_home.as_ref();
         let home = home.ok_or_else(|| MmapError::Protocol("a pinned file without home".into()))?;
         rustix::io::fcntl_dupfd_cloexec(home.as_fd(), 3)
             .map_err(|e| MmapError::sys("fcntl(F_DUPFD_CLOEXEC)", &e.into()))

@@ -9,18 +9,24 @@ pub mod bare;
 mod client;
 mod connect;
 mod error;
+pub mod exec;
 mod export;
 mod file;
 mod limits;
 mod mapped;
 mod mapping;
+pub mod mount;
 pub mod native;
 mod node;
 mod pager;
+mod quiet;
 mod rebase;
 mod session;
 mod sys;
+#[cfg(test)]
+mod tests;
 mod uffd;
+mod walk;
 mod window;
 
 pub use client::{Client, ConnectOptions, UserfaultMode, UserfaultPolicy, Welcome};
@@ -28,6 +34,7 @@ pub use error::{LostWhy, MmapError, Result};
 pub use export::{Export, ExportMode};
 pub use file::File;
 pub use mapping::{MapKind, MapOptions, Mapping, PageError};
+pub use walk::{Found, LINKS_MAX, LastLink};
 pub use node::{DirPage, Entry, Node};
 
 /// The types of messages that the guest's side shows.

@@ -2,23 +2,18 @@
 //!
 //! The answer is the kernel's: `/proc/PID/smaps` names the file behind each mapping by device and
 //! inode and says how much of it is resident; a frame file is known by the descriptor that the
-//! daemon gave. `/proc/PID/pagemap` adds the physical frame numbers for those who may see them.
+//! daemon gave. Physical frame numbers, for those who may see them, are `copage_grants::sys::PageMap`'s.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
 
 use copage_grants::PAGE_SIZE_U64;
 
 /// The longest smaps that is read, in bytes: 65,530 mappings (vm.max_map_count's default) of about
 /// a KiB each.
 const SMAPS_BYTES_MAX: u64 = 128 << 20;
-/// Bit 63 of a pagemap entry: the page is present (Documentation/admin-guide/mm/pagemap.rst).
-const PAGEMAP_PRESENT: u64 = 1 << 63;
-/// Bits 0 to 54 of a pagemap entry: the frame's number; 0 without CAP_SYS_ADMIN.
-const PAGEMAP_PFN: u64 = (1 << 55) - 1;
 
 /// Names a file as `/proc/PID/maps` does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -198,33 +193,6 @@ impl TextReport {
     pub fn of(pid: u32, frames: &HashSet<FileId>) -> io::Result<Self> {
         Ok(Self::count(&mappings(pid)?, frames))
     }
-}
-
-/// The physical frame numbers behind `count` pages from `address` of process `pid`: `None` where
-/// no page is present. An error of kind `PermissionDenied` when the kernel hides the numbers (no
-/// CAP_SYS_ADMIN).
-pub fn frame_numbers(pid: u32, address: u64, count: usize) -> io::Result<Vec<Option<u64>>> {
-    let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
-    let mut bytes = vec![0; count * 8];
-    pagemap.read_exact_at(&mut bytes, address / PAGE_SIZE_U64 * 8)?;
-    bytes
-        .chunks_exact(8)
-        .map(|chunk| {
-            let mut word = [0; 8];
-            word.copy_from_slice(chunk);
-            let entry = u64::from_le_bytes(word);
-            if entry & PAGEMAP_PRESENT == 0 {
-                return Ok(None);
-            }
-            match entry & PAGEMAP_PFN {
-                0 => Err(io::Error::new(
-                    io::ErrorKind::PermissionDenied,
-                    "physical frame numbers are shown to root only",
-                )),
-                pfn => Ok(Some(pfn)),
-            }
-        })
-        .collect()
 }
 
 #[cfg(test)]

@@ -1,0 +1,22 @@
+//! Running programs off a share, with no mount and no root: the program, its loader and its
+//! libraries are pinned frame files, and the kernel maps their text from there.
+//!
+//! The loader is started by its frame file and told where everything is by a private directory of
+//! links to this process's descriptors (`/proc/PID/fd/N`), so that the program inherits none of
+//! them. This process stays while the program runs: it keeps the session and the pins.
+//!
+//! What differs from running the program natively: `/proc/self/exe` is the loader's frame file;
+//! libraries that the program opens by `dlopen` and that were not named come from this machine, as
+//! do the programs it starts; set-user-id bits do nothing.
+
+mod closure;
+pub mod elf;
+mod error;
+mod limits;
+mod private_dir;
+mod run;
+pub mod text;
+
+pub use closure::{Dynamic, Library, Part, Place, Plan, Search, Share, Who, plan};
+pub use error::ExecError;
+pub use run::{Command, Pinned, Running};

@@ -1,0 +1,236 @@
+//! The kernel's requests.
+
+use super::core::{Core, parent_of, unknown_attr};
+use super::limits::{BACKGROUND_MAX, DIR_BYTES, TTL};
+use super::open::{Job, reply_xattr};
+use super::table::ROOT;
+use crate::node::Entry;
+use crossbeam_channel::Sender;
+use fuser::{
+    Errno, FileHandle, Filesystem, Generation, INodeNo, InitFlags, KernelConfig,
+    LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry,
+    ReplyOpen, ReplyStatfs, ReplyXattr, Request,
+};
+use std::ffi::OsStr;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+/// The extended attribute that shows a file's [`super::Form`]. It is not listed: to answer it, a file
+/// may have to be pinned, which copying tools that read every listed attribute must not cause.
+pub const FORM_XATTR: &str = "user.copage.form";
+
+/// Node ids are never used again, so one generation does for all.
+const GENERATION: Generation = Generation(0);
+
+pub(super) struct ShareFs {
+    pub(super) core: Arc<Core>,
+    pub(super) jobs: Sender<Job>,
+    /// Passthrough is wanted, and this process may have it.
+    pub(super) want_passthrough: bool,
+}
+
+impl Filesystem for ShareFs {
+    fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        // Each by itself: an old kernel lacks some and the mount works without.
+        for wanted in [
+            InitFlags::FUSE_DO_READDIRPLUS,
+            InitFlags::FUSE_PARALLEL_DIROPS,
+            InitFlags::FUSE_AUTO_INVAL_DATA,
+        ] {
+            let _ = config.add_capabilities(wanted);
+        }
+        let _ = config.set_max_background(BACKGROUND_MAX);
+        // Frame files are on a file system that is stacked on none: depth 1 does.
+        let passthrough = self.want_passthrough
+            && config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok()
+            && config.set_max_stack_depth(1).is_ok();
+        self.core.passthrough.store(passthrough, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let found = self.core.ask(parent.0, |live, node| {
+            let node = node.lookup(name.as_bytes())?;
+            Ok(self.core.enter(parent.0, name.as_bytes(), live.number, node))
+        });
+        match found {
+            Ok(attr) => reply.entry(&TTL, &attr, GENERATION),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn forget(&self, _req: &Request, ino: INodeNo, nlookup: u64) {
+        // Dropped outside the lock.
+        let _gone = self.core.table.lock().forget(ino.0, nlookup);
+    }
+
+    fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+        match self.core.attr(ino.0) {
+            Ok(attr) => reply.attr(&TTL, &attr),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
+        match self.core.ask(ino.0, |_, node| node.readlink()) {
+            Ok(target) => reply.data(&target),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn open(&self, _req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        // The mount is read-only, so the kernel lets none through; a remount might.
+        if flags.acc_mode() != fuser::OpenAccMode::O_RDONLY {
+            return reply.error(Errno::EROFS);
+        }
+        self.core.open(ino.0, reply, &self.jobs);
+    }
+
+    fn read(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        size: u32,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        // The kernel asks for at most 1 MiB (max_pages, fuse_i.h).
+        let mut buf = vec![0; size as usize];
+        match self.core.read(ino.0, offset, &mut buf) {
+            Ok(got) => reply.data(&buf[..got]),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn release(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        _flush: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.core.release(ino.0);
+        reply.ok();
+    }
+
+    fn readdirplus(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectoryPlus,
+    ) {
+        let mut cookie = offset;
+        loop {
+            let page = self.core.ask(ino.0, |live, node| {
+                let page = node.readdir_page(cookie, DIR_BYTES, true)?;
+                Ok((page, live.number))
+            });
+            let (page, session) = match page {
+                Ok(page) => page,
+                Err(errno) if cookie == offset => return reply.error(errno),
+                // What is there is right; the next request meets the error.
+                Err(_) => return reply.ok(),
+            };
+            let end = page.end || page.entries.is_empty();
+            for entry in page.entries {
+                cookie = entry.cookie;
+                if self.add_entry(ino.0, session, entry, &mut reply) {
+                    return reply.ok();
+                }
+            }
+            if end {
+                return reply.ok();
+            }
+        }
+    }
+
+    fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
+        match self.core.ask(ROOT, |_, node| node.statfs()) {
+            Ok(statfs) => {
+                let block = copage_grants::PAGE_SIZE as u32;
+                let blocks = |bytes: u64| bytes / u64::from(block);
+                let (all, free, available) = statfs.bytes;
+                let (inodes, inodes_free) = statfs.inodes;
+                reply.statfs(
+                    blocks(all),
+                    blocks(free),
+                    blocks(available),
+                    inodes,
+                    inodes_free,
+                    block,
+                    statfs.name_bytes_max,
+                    block,
+                );
+            }
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn getxattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        if name == FORM_XATTR {
+            let _ = self.jobs.send(Job::Form(ino.0, size, reply));
+            return;
+        }
+        match self.core.ask(ino.0, |_, node| node.getxattr(name.as_bytes())) {
+            Ok(value) => reply_xattr(reply, size, &value),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn listxattr(&self, _req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+        match self.core.ask(ino.0, |_, node| node.listxattr()) {
+            Ok(names) => {
+                let list: Vec<u8> =
+                    names.into_iter().flat_map(|name| name.into_iter().chain([0])).collect();
+                reply_xattr(reply, size, &list);
+            }
+            Err(errno) => reply.error(errno),
+        }
+    }
+}
+
+impl ShareFs {
+    /// Adds an entry of directory `dir`; `true`: it has no room any more.
+    fn add_entry(
+        &self,
+        dir: u64,
+        session: u64,
+        entry: Entry,
+        reply: &mut ReplyDirectoryPlus,
+    ) -> bool {
+        let name = OsStr::from_bytes(&entry.name);
+        // The kernel takes no reference for these two.
+        let dots = match entry.name.as_slice() {
+            b"." => Some(dir),
+            b".." => Some(parent_of(&self.core.table.lock(), dir)),
+            _ => None,
+        };
+        if let Some(id) = dots {
+            let attr = unknown_attr(id, entry.kind);
+            return reply.add(attr.ino, entry.cookie, name, &Duration::ZERO, &attr, GENERATION);
+        }
+        let (attr, ttl) = match entry.node {
+            Some(node) => (self.core.enter(dir, &entry.name, session, node), TTL),
+            None => {
+                let id = self.core.table.lock().enter_unknown(dir, &entry.name);
+                (unknown_attr(id, entry.kind), Duration::ZERO)
+            }
+        };
+        let full = reply.add(attr.ino, entry.cookie, name, &ttl, &attr, GENERATION);
+        if full {
+            let _gone = self.core.table.lock().forget(attr.ino.0, 1);
+        }
+        full
+    }
+}

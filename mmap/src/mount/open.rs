@@ -1,0 +1,443 @@
+//! Opening files: on frames where it can be, else through the page cache.
+//!
+//! All opens that a node id has at one time are of one form and one content: the kernel wants one
+//! backing file for an inode (else EBUSY), and a mapping must stay whole. When the host has changed a
+//! file that is open, the kernel is answered ESTALE; it then looks the name up again, gets another
+//! node id, and opens that (`LOOKUP_REVAL`, fs/namei.c).
+
+use super::core::{Core, errno};
+use super::link::Live;
+use super::table::same_content;
+use crate::error::MmapError;
+use crate::file::File;
+use crate::node::Node;
+use copage_coherence::msg::{FileKind, OpenHow};
+use copage_grants::Version;
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+use fuser::{BackingId, Errno, FileHandle, FopenFlags, ReplyOpen, ReplyXattr};
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// How an open file reaches its bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// By passthrough, on the shared frames: reads, mappings and programs touch the very frames.
+    Frames,
+    /// Through this kernel's page cache: a copy, read by messages.
+    PageCache,
+}
+
+impl Form {
+    /// The value of the attribute `user.copage.form`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Frames => "frames",
+            Self::PageCache => "page-cache",
+        }
+    }
+}
+
+/// What all opens of one node id share.
+pub(super) struct OpenFile {
+    file: File,
+    /// For passthrough; `None`: page-cache form.
+    backing: Option<BackingId>,
+    /// The session it is of.
+    session: u64,
+    /// Page-cache form: the kernel has been told of a change already.
+    told: AtomicBool,
+}
+
+impl OpenFile {
+    pub(super) fn form(&self) -> Form {
+        if self.backing.is_some() { Form::Frames } else { Form::PageCache }
+    }
+
+    /// Has the daemon said that the host changed the file since it was opened?
+    pub(super) fn changed(&self) -> bool {
+        self.file.version() != self.file.opened_version()
+    }
+}
+
+#[derive(Default)]
+enum State {
+    #[default]
+    Closed,
+    /// An opener is at it; these wait too.
+    Opening(Vec<ReplyOpen>),
+    Open {
+        file: Arc<OpenFile>,
+        count: u64,
+    },
+}
+
+/// What is kept of a node id's opens.
+#[derive(Default)]
+pub(super) struct Opens {
+    state: State,
+    /// The content of which the kernel's page cache may hold pages.
+    cached: Option<Version>,
+}
+
+impl Opens {
+    pub(super) fn file(&self) -> Option<&Arc<OpenFile>> {
+        match &self.state {
+            State::Open { file, .. } => Some(file),
+            _ => None,
+        }
+    }
+
+    pub(super) fn on_frames(&self) -> Option<&OpenFile> {
+        self.file().map(Arc::as_ref).filter(|file| file.form() == Form::Frames)
+    }
+}
+
+/// Work for the openers.
+pub(super) enum Job {
+    /// The first open of a node id.
+    Open(u64, ReplyOpen),
+    /// Another open, where something may have changed.
+    Again(u64, ReplyOpen),
+    /// Which form would it be?
+    Form(u64, u32, ReplyXattr),
+}
+
+/// Until all senders of jobs are gone.
+pub(super) fn opener(core: &Core, jobs: &Receiver<Job>, changes: &Sender<u64>) {
+    while let Ok(job) = jobs.recv() {
+        match job {
+            Job::Open(id, reply) => core.open_first(id, reply, changes),
+            Job::Again(id, reply) => core.open_again(id, reply, changes),
+            Job::Form(id, size, reply) => match core.form(id) {
+                Ok(form) => reply_xattr(reply, size, form.name().as_bytes()),
+                Err(errno) => reply.error(errno),
+            },
+        }
+    }
+}
+
+/// Tells the kernel of changes to files in page-cache form, until all senders are gone: those it is
+/// told of, and while any such file is open those that the daemon has told of.
+pub(super) fn watch_changes(core: &Core, changes: &Receiver<u64>) {
+    loop {
+        let message = if core.page_cache_opens.load(Ordering::Relaxed) > 0 {
+            changes.recv_timeout(super::limits::CHANGES_PAUSE)
+        } else {
+            changes.recv().map_err(|_| RecvTimeoutError::Disconnected)
+        };
+        match message {
+            Ok(id) => core.invalidate(id, false),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
+        let changed: Vec<u64> = {
+            let table = core.table.lock();
+            let news = |file: &&Arc<OpenFile>| {
+                file.form() == Form::PageCache
+                    && file.changed()
+                    && !file.told.swap(true, Ordering::Relaxed)
+            };
+            table.iter().filter(|(_, e)| e.open.file().filter(news).is_some()).map(|(id, _)| id).collect()
+        };
+        for id in changed {
+            core.invalidate(id, true);
+        }
+    }
+}
+
+/// Answers one getxattr or listxattr.
+pub(super) fn reply_xattr(reply: ReplyXattr, size: u32, data: &[u8]) {
+    match u32::try_from(data.len()) {
+        Ok(len) if size == 0 => reply.size(len),
+        Ok(len) if len <= size => reply.data(data),
+        _ => reply.error(Errno::ERANGE),
+    }
+}
+
+/// Errors of a pin that mean "too large" or "no room", not "no".
+fn too_large(error: &MmapError) -> bool {
+    let of_room = [libc::EFBIG, libc::EDQUOT, libc::ENOMEM, libc::ENOSPC, libc::EOPNOTSUPP];
+    matches!(error, MmapError::Refused { .. }) && of_room.contains(&error.errno())
+}
+
+impl Core {
+    /// Answers an open at once if the file is open already and nothing has changed, else passes it
+    /// to the openers.
+    pub(super) fn open(&self, id: u64, reply: ReplyOpen, jobs: &Sender<Job>) {
+        let last = self.link.last();
+        let mut table = self.table.lock();
+        let Some(entry) = table.get_mut(id) else {
+            drop(table);
+            return reply.error(Errno::ESTALE);
+        };
+        let job = match &mut entry.open.state {
+            State::Opening(waiting) => return waiting.push(reply),
+            State::Open { file, count }
+                if file.session == last.number
+                    && !last.is_lost()
+                    && !file.changed()
+                    && !file.file.host_bounded() =>
+            {
+                *count += 1;
+                return answer(reply, file, true);
+            }
+            State::Open { .. } => Job::Again(id, reply),
+            state @ State::Closed => {
+                *state = State::Opening(Vec::new());
+                Job::Open(id, reply)
+            }
+        };
+        drop(table);
+        // The openers outlive the session of the kernel, which is who called.
+        let _ = jobs.send(job);
+    }
+
+    fn open_first(&self, id: u64, reply: ReplyOpen, changes: &Sender<u64>) {
+        let result = self.ask_open(id, Some(&reply));
+        let mut table = self.table.lock();
+        let Some(entry) = table.get_mut(id) else {
+            drop(table);
+            return reply.error(Errno::ESTALE);
+        };
+        let waiting = match std::mem::take(&mut entry.open.state) {
+            State::Opening(waiting) => waiting,
+            // Only this thread ends Opening.
+            other => {
+                entry.open.state = other;
+                Vec::new()
+            }
+        };
+        let file = match result {
+            Ok(file) => Arc::new(file),
+            Err(errno) => {
+                drop(table);
+                for reply in waiting.into_iter().chain([reply]) {
+                    reply.error(errno);
+                }
+                return;
+            }
+        };
+        let bytes = file.file.len();
+        let grown = entry.attr.as_mut().is_some_and(|attr| {
+            // The host changed the file after the kernel was told its length.
+            let differs = attr.bytes != bytes;
+            attr.bytes = bytes;
+            differs
+        });
+        let keep = entry.open.keep_cache(&file);
+        let count = 1 + waiting.len() as u64;
+        if file.form() == Form::PageCache {
+            self.page_cache_opens.fetch_add(1, Ordering::Relaxed);
+        }
+        entry.open.state = State::Open { file: file.clone(), count };
+        for reply in waiting.into_iter().chain([reply]) {
+            answer(reply, &file, keep);
+        }
+        drop(table);
+        if grown || file.form() == Form::PageCache {
+            // Also wakes the watcher, which sleeps while no such file is open.
+            let _ = changes.send(id);
+        }
+    }
+
+    fn open_again(&self, id: u64, reply: ReplyOpen, changes: &Sender<u64>) {
+        let fresh = match self.ask(id, |live, node| Ok((live.number, node.attr()?))) {
+            Ok(fresh) => fresh,
+            Err(errno) => return reply.error(errno),
+        };
+        let (session, attr) = fresh;
+        let mut table = self.table.lock();
+        let Some(entry) = table.get_mut(id) else {
+            drop(table);
+            return reply.error(Errno::ESTALE);
+        };
+        match &mut entry.open.state {
+            State::Opening(waiting) => waiting.push(reply),
+            state @ State::Closed => {
+                *state = State::Opening(Vec::new());
+                drop(table);
+                self.open_first(id, reply, changes);
+            }
+            State::Open { file, count } if file.form() == Form::Frames => {
+                let same = entry.attr.as_ref().is_some_and(|old| same_content(old, &attr));
+                if same && !file.changed() {
+                    *count += 1;
+                    answer(reply, file, true);
+                } else {
+                    table.supersede(id);
+                    drop(table);
+                    reply.error(Errno::ESTALE);
+                }
+            }
+            State::Open { file, count } => {
+                // Page-cache form follows the file, as on any file system.
+                let keep = file.session == session
+                    && !file.changed()
+                    && entry.attr.as_ref().is_some_and(|old| same_content(old, &attr));
+                entry.attr = Some(attr);
+                let stale = file.session != session || file.changed();
+                if !stale {
+                    *count += 1;
+                    return answer(reply, file, keep);
+                }
+                drop(table);
+                match self.open_anew(id) {
+                    Ok(Some(file)) => {
+                        answer(reply, &file, false);
+                        let _ = changes.send(id);
+                    }
+                    // Its last other open has just ended.
+                    Ok(None) => reply.error(Errno::ESTALE),
+                    Err(errno) => reply.error(errno),
+                }
+            }
+        }
+    }
+
+    /// Opens a file in page-cache form anew that is open in it, for one more open. `None`: it is no
+    /// longer open.
+    fn open_anew(&self, id: u64) -> Result<Option<Arc<OpenFile>>, Errno> {
+        let new = Arc::new(self.ask_open(id, None)?);
+        Ok(self.replace(id, new, 1))
+    }
+
+    /// A page-cache-form file whose session was lost, in the present session.
+    pub(super) fn reopen(&self, id: u64) -> Result<Arc<OpenFile>, Errno> {
+        let new = Arc::new(self.ask_open(id, None)?);
+        self.replace(id, new, 0).ok_or(Errno::EIO)
+    }
+
+    fn replace(&self, id: u64, new: Arc<OpenFile>, more: u64) -> Option<Arc<OpenFile>> {
+        let mut table = self.table.lock();
+        let entry = table.get_mut(id)?;
+        let _old = match &mut entry.open.state {
+            State::Open { file, count } if file.form() == Form::PageCache => {
+                *count += more;
+                std::mem::replace(file, new.clone())
+            }
+            _ => return None,
+        };
+        entry.open.keep_cache(&new);
+        drop(table);
+        Some(new)
+    }
+
+    /// Opens the file of `id`: on frames when `reply` can register a backing file and it fits, else
+    /// in page-cache form.
+    fn ask_open(&self, id: u64, reply: Option<&ReplyOpen>) -> Result<OpenFile, Errno> {
+        if let Some(reply) = reply.filter(|_| self.passthrough()) {
+            let pinned = self.ask(id, |live, node| match node.open(OpenHow::Pin) {
+                Ok(file) => {
+                    let descriptor = file.descriptor()?;
+                    Ok(Some((file, descriptor, live.number)))
+                }
+                Err(e) if too_large(&e) => {
+                    tracing::info!(reason = %e, "opened through the page cache");
+                    Ok(None)
+                }
+                Err(e) => Err(e),
+            })?;
+            if let Some((file, descriptor, session)) = pinned {
+                match reply.open_backing(descriptor.as_fd()) {
+                    Ok(backing) => return Ok(OpenFile::new(file, Some(backing), session)),
+                    Err(error) => {
+                        tracing::warn!(%error, "the kernel takes no backing file: page cache from now on");
+                        self.passthrough.store(false, Ordering::Relaxed);
+                    }
+                }
+            }
+        }
+        self.ask(id, |live: &Live, node: &Node| {
+            Ok(OpenFile::new(node.open(OpenHow::Read)?, None, live.number))
+        })
+    }
+
+    /// The form that `id` is open in, or would be.
+    fn form(&self, id: u64) -> Result<Form, Errno> {
+        {
+            let table = self.table.lock();
+            if let Some(file) = table.get(id).and_then(|e| e.open.file()) {
+                return Ok(file.form());
+            }
+        }
+        let passthrough = self.passthrough();
+        self.ask(id, |_, node| {
+            if node.kind() != FileKind::Regular {
+                return Ok(None);
+            }
+            if !passthrough {
+                return Ok(Some(Form::PageCache));
+            }
+            match node.open(OpenHow::Pin) {
+                Ok(_) => Ok(Some(Form::Frames)),
+                Err(e) if too_large(&e) => Ok(Some(Form::PageCache)),
+                Err(e) => Err(e),
+            }
+        })?
+        .ok_or(Errno::ENODATA)
+    }
+
+    /// One open less.
+    pub(super) fn release(&self, id: u64) {
+        let _gone = {
+            let mut table = self.table.lock();
+            let Some(entry) = table.get_mut(id) else { return };
+            let State::Open { count, file } = &mut entry.open.state else { return };
+            *count = count.saturating_sub(1);
+            if *count > 0 {
+                return;
+            }
+            if file.form() == Form::PageCache {
+                self.page_cache_opens.fetch_sub(1, Ordering::Relaxed);
+            }
+            std::mem::take(&mut entry.open.state)
+        };
+    }
+
+    /// Bytes of a file that is open in page-cache form.
+    pub(super) fn read(&self, id: u64, offset: u64, buf: &mut [u8]) -> Result<usize, Errno> {
+        let file = self.table.lock().get(id).and_then(|e| e.open.file().cloned());
+        let file = file.ok_or(Errno::EBADF)?;
+        match file.file.read_at(buf, offset) {
+            Err(MmapError::Lost(_)) if file.form() == Form::PageCache => {
+                let file = self.reopen(id)?;
+                file.file.read_at(buf, offset).map_err(|e| errno(&e))
+            }
+            other => other.map_err(|e| errno(&e)),
+        }
+    }
+}
+
+impl OpenFile {
+    fn new(file: File, backing: Option<BackingId>, session: u64) -> Self {
+        Self { file, backing, session, told: AtomicBool::new(false) }
+    }
+}
+
+impl Opens {
+    /// May the kernel keep the pages it has of this file? Remembers whose it may have from now on.
+    fn keep_cache(&mut self, file: &OpenFile) -> bool {
+        match file.form() {
+            Form::Frames => true,
+            Form::PageCache => {
+                let version = file.file.version();
+                self.cached.replace(version) == Some(version)
+            },
+        }
+    }
+}
+
+fn answer(reply: ReplyOpen, file: &OpenFile, keep_cache: bool) {
+    // Files are known by their node id: no handle is needed. Closing flushes nothing.
+    match &file.backing {
+        Some(backing) => {
+            reply.opened_passthrough(FileHandle(0), FopenFlags::FOPEN_NOFLUSH, backing);
+        }
+        None => {
+            let mut flags = FopenFlags::FOPEN_NOFLUSH;
+            flags.set(FopenFlags::FOPEN_KEEP_CACHE, keep_cache);
+            reply.opened(FileHandle(0), flags);
+        }
+    }
+}
