@@ -32,6 +32,8 @@ pub const FILES_MAX: RangeInclusive<u64> = 1..=1 << 18;
 pub const PINNED_MIB: RangeInclusive<u64> = 0..=2 << 20;
 /// Frames charged to one guest, in MiB: not less than one 2 MiB unit and some.
 pub const GUEST_FRAMES_MIB: RangeInclusive<u64> = 4..=2 << 20;
+/// A uid; the last one means "none" to the kernel.
+pub const UID: RangeInclusive<u64> = 0..=u32::MAX as u64 - 1;
 /// The longest name of an export, a share group or a guest, in bytes; the cache's own bound.
 pub const NAME_BYTES_MAX: usize = copage_cache::limits::LABEL_BYTES_MAX;
 /// The longest configuration file, in bytes: thousands of exports fit.

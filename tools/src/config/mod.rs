@@ -3,8 +3,16 @@
 //! Sizes are in MiB, times in ms, as the key's last word says. docs/configuration.md lists every
 //! key; a test compares the two.
 
+mod check;
 pub mod limits;
+mod nearest;
+mod parse;
+mod problem;
+mod read;
 
+pub use problem::{ConfigErrors, Problem, Severity};
+
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 /// Where the configuration is looked for when nothing else is said.
@@ -36,7 +44,7 @@ pub struct Config {
     pub force: bool,
     /// What a guest may have that has no limits of its own.
     pub limits: Limits,
-    /// The guests that may connect, by uid. Empty: every uid may, and its guest is `uid-N`.
+    /// The guests that may connect. Empty: every uid may, and its guest is `uid-N`.
     pub guests: Vec<GuestConfig>,
     /// The exports there are from the start.
     pub exports: Vec<ExportConfig>,
@@ -58,13 +66,13 @@ pub struct Limits {
     pub frames_mib: Option<u64>,
 }
 
-/// A guest: a name for a uid.
+/// A guest: a name, for a uid where there is one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GuestConfig {
     /// The name that access lists, charges and displays use.
     pub name: String,
-    /// The uid its processes have.
-    pub uid: u32,
+    /// The uid its processes have. `None`: only root and the daemon's own uid may take the name.
+    pub uid: Option<u32>,
     /// What it may have: its own limits, and the general ones where it has none.
     pub limits: Limits,
 }
@@ -125,19 +133,94 @@ impl Default for Config {
 }
 
 impl Config {
-    /// The name and the limits of the guest whose processes have `uid`; `None`: such a process
-    /// may not connect.
-    pub fn guest_of(&self, uid: u32) -> Option<(String, Limits)> {
-        if self.guests.is_empty() {
-            return Some((format!("uid-{uid}"), self.limits));
-        }
-        let guest = self.guests.iter().find(|guest| guest.uid == uid)?;
-        Some((guest.name.clone(), guest.limits))
+    /// Reads a configuration. Looks at the text only: whether directories exist is asked by
+    /// [`Self::load`]. Warnings alone are no error, and are not told.
+    pub fn parse(text: &str) -> Result<Self, ConfigErrors> {
+        let (config, _, problems) = parse::parse(text);
+        usable(config, None, problems).map(|loaded| loaded.config)
+    }
+
+    /// Reads and checks a configuration file, its directories included.
+    pub fn load(file: &Path) -> Result<Loaded, ConfigErrors> {
+        let (config, lines, mut problems) = match read_file(file) {
+            Ok(text) => parse::parse(&text),
+            Err(text) => {
+                let problem =
+                    Problem { severity: Severity::Error, line: None, key: String::new(), text };
+                return Err(ConfigErrors { file: Some(file.to_owned()), problems: vec![problem] });
+            }
+        };
+        problems.extend(check::directories(&config, &lines));
+        usable(config, Some(file), problems)
+    }
+
+    /// Checks what was not read from a file: names, duplicates, directories. Numbers are the
+    /// caller's, who finds their ranges in [`limits`].
+    pub fn check(self) -> Result<Loaded, ConfigErrors> {
+        let lines = check::Lines::default();
+        let mut problems = check::names(&self, &lines);
+        problems.extend(check::directories(&self, &lines));
+        usable(self, None, problems)
     }
 
     /// The budget, in frames.
     pub fn frames_max(&self) -> u32 {
         u32::try_from(mib_to_pages(self.frames_mib)).unwrap_or(u32::MAX - 1)
+    }
+}
+
+/// The text of a configuration file, or why it cannot be had and what to do.
+fn read_file(file: &Path) -> Result<String, String> {
+    let opened = std::fs::File::open(file).map_err(|error| match error.kind() {
+        std::io::ErrorKind::NotFound => "there is no such file; write one \
+            (docs/configuration.md), or name directories: copage serve --export NAME=DIR"
+            .to_owned(),
+        _ => format!("cannot be read: {error}"),
+    })?;
+    let mut bytes = Vec::new();
+    opened
+        .take(limits::FILE_BYTES_MAX + 1)
+        .read_to_end(&mut bytes)
+        .map_err(|error| format!("cannot be read: {error}"))?;
+    if bytes.len() as u64 > limits::FILE_BYTES_MAX {
+        return Err(format!("is longer than {} KiB", limits::FILE_BYTES_MAX >> 10));
+    }
+    String::from_utf8(bytes).map_err(|error| {
+        let before = error.as_bytes().get(..error.utf8_error().valid_up_to()).unwrap_or_default();
+        let line = 1 + before.iter().filter(|&&byte| byte == b'\n').count();
+        format!("is not UTF-8 in line {line}")
+    })
+}
+
+/// A configuration without errors, or all that is wrong with it.
+fn usable(
+    config: Config,
+    file: Option<&Path>,
+    mut problems: Vec<Problem>,
+) -> Result<Loaded, ConfigErrors> {
+    problems.sort_by_key(|problem| problem.line);
+    let file = file.map(Path::to_owned);
+    if problems.iter().any(|problem| problem.severity == Severity::Error) {
+        return Err(ConfigErrors { file, problems });
+    }
+    Ok(Loaded { config, file, warnings: problems })
+}
+
+/// A configuration that can be used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Loaded {
+    /// What it says.
+    pub config: Config,
+    /// Where it was read, if it was.
+    pub file: Option<PathBuf>,
+    /// What is likely not as it was meant.
+    pub warnings: Vec<Problem>,
+}
+
+impl Loaded {
+    /// One line for each warning.
+    pub fn lines(&self) -> Vec<String> {
+        problem::lines(self.file.as_deref(), &self.warnings)
     }
 }
 
@@ -168,11 +251,6 @@ impl ExportConfig {
     /// The share group's name.
     pub fn group(&self) -> &str {
         self.group.as_deref().unwrap_or(&self.name)
-    }
-
-    /// May the guest of this name attach?
-    pub fn allows(&self, guest: &str) -> bool {
-        self.allow.iter().any(|name| name == "*" || name == guest)
     }
 }
 
