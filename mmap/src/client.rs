@@ -156,7 +156,7 @@ impl Client {
     /// Calls `callback` once when the session is lost, after every mapping has become SIGBUS; at
     /// once if it is lost already. It runs on a thread of the library (or on the caller's): it may
     /// drop or use anything of this session, which fails with [`MmapError::Lost`], and connect
-    /// again. It is not called when the session ends by dropping or [`Client::close`].
+    /// again. All signals are blocked in it. It is not called when the session ends by dropping or [`Client::close`].
     pub fn on_lost(&self, callback: impl FnOnce(&LostWhy) + Send + 'static) {
         self.shared().session.on_lost(Box::new(callback));
     }

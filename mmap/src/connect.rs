@@ -4,6 +4,7 @@ use crate::client::{ConnectOptions, UserfaultPolicy, Welcome};
 use crate::error::{LostWhy, MmapError, Result};
 use crate::limits::WELCOME_TIMEOUT;
 use crate::pager::{Pager, now_ms, worker};
+use crate::quiet::Quiet;
 use crate::session::{Answer, Session, Shared};
 use crate::sys::{EventFd, empty_file};
 use crate::uffd::Uffd;
@@ -113,6 +114,8 @@ pub(crate) fn connect(socket: &Path, options: &ConnectOptions) -> Result<Arc<Sha
     let finished = Arc::new(AtomicBool::new(false));
 
     let pager = Pager::new(Arc::clone(&shared), hello_ms, Arc::clone(&finished));
+    // Handlers of signals that come while the threads start must not run in them.
+    let _quiet = Quiet::new();
     // Should the second thread not start, the first one ends the session when it is told to.
     std::thread::Builder::new()
         .name("copage-pager".into())

@@ -30,6 +30,8 @@ pub enum LostWhy {
         /// Its errno.
         errno: i32,
     },
+    /// A bug in this library.
+    Internal,
     /// The last user of the session let go of it, or closed it.
     Closed,
 }
@@ -56,6 +58,7 @@ impl fmt::Display for LostWhy {
             Self::Sys { call, errno } => {
                 write!(f, "{call}: {}", io::Error::from_raw_os_error(*errno))
             }
+            Self::Internal => f.write_str("internal error"),
             Self::Closed => f.write_str("the session was closed"),
         }
     }

@@ -9,13 +9,13 @@ use crate::bitmap::Bitmap;
 use crate::error::{MmapError, Result};
 use crate::file::{Content, FileInner};
 use crate::mapping::{MapKind, PageError};
+use crate::quiet::{Leaf, LeafGuard};
 use crate::session::Shared;
 use crate::sys::{Protection, Region};
 use crate::uffd::Uffd;
 use crate::window::{Window, Windows};
 use copage_coherence::msg::Generation;
 use copage_grants::{PAGE_SIZE, PAGE_SIZE_U64};
-use parking_lot::{Mutex, MutexGuard};
 use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -43,16 +43,16 @@ pub(crate) struct Mapped {
     bytes: usize,
     first_page: u64,
     generation: AtomicU32,
-    ops: Mutex<Ops>,
+    ops: Leaf<Ops>,
     /// The pager found `ops` taken and dropped a fault.
     missed: AtomicBool,
     /// The pager's alone; a lock because it must be shared.
-    windows: Mutex<Windows>,
+    windows: Leaf<Windows>,
 }
 
 /// Holds `ops` on any thread but the pager's.
 struct OpsLock<'a> {
-    guard: Option<MutexGuard<'a, Ops>>,
+    guard: Option<LeafGuard<'a, Ops>>,
     mapped: &'a Mapped,
     uffd: Option<&'a Uffd>,
 }
@@ -112,13 +112,16 @@ pub(crate) fn fresh(
     Ok(region)
 }
 
-/// The seeded mutant "skip the arm": private stores would go unnoticed. Never in a real build.
 #[cfg(test)]
-pub(crate) static SKIP_ARM: AtomicBool = AtomicBool::new(false);
+thread_local! {
+    /// The seeded mutant "skip the arm": stores to private mappings that this thread makes go
+    /// unnoticed. Never in a real build.
+    pub(crate) static SKIP_ARM: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+}
 
 #[cfg(test)]
 fn skip_arm() -> bool {
-    SKIP_ARM.load(Ordering::Relaxed)
+    SKIP_ARM.get()
 }
 
 #[cfg(not(test))]
@@ -154,7 +157,7 @@ impl Mapped {
             bytes,
             first_page,
             generation: AtomicU32::new(generation.0),
-            ops: Mutex::new(Ops {
+            ops: Leaf::new(Ops {
                 region: Some(region),
                 refused: false,
                 refused_pages: BTreeSet::new(),
@@ -162,7 +165,7 @@ impl Mapped {
                 last_error: None,
             }),
             missed: AtomicBool::new(false),
-            windows: Mutex::new(Windows::default()),
+            windows: Leaf::new(Windows::default()),
         }
     }
 
@@ -228,7 +231,7 @@ impl Mapped {
 
     // ---- the pager's changes: they try the lock ----
 
-    fn try_ops(&self) -> Option<MutexGuard<'_, Ops>> {
+    fn try_ops(&self) -> Option<LeafGuard<'_, Ops>> {
         if let Some(guard) = self.ops.try_lock() {
             return Some(guard);
         }

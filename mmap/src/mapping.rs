@@ -8,7 +8,8 @@ use crate::mapped::{Mapped, fresh};
 use crate::pager::worker::Job;
 use crate::uffd::Mode;
 use copage_coherence::msg::{FaultHint, Generation, OpenHow, PageRange, Reply, Request};
-use copage_grants::{PAGE_SIZE, PAGE_SIZE_U64, PageIndex};
+use copage_grants::volatile::VolatileBytes;
+use copage_grants::{PAGE_SIZE, PAGE_SIZE_U64, PageIndex, pages_for};
 use std::fmt;
 use std::io;
 use std::ops::Range;
@@ -110,7 +111,7 @@ impl fmt::Debug for Mapping {
 fn check_range(options: &MapOptions, file_bytes: u64) -> Result<(usize, usize)> {
     let invalid = |text: String| Err(MmapError::Invalid(text));
     let offset = options.offset;
-    if !offset.is_multiple_of(PAGE_SIZE_U64) {
+    if offset % PAGE_SIZE_U64 != 0 {
         return invalid(format!("offset {offset} is not a multiple of {PAGE_SIZE}"));
     }
     let Some(len) = options.len.or_else(|| file_bytes.checked_sub(offset)) else {
@@ -185,12 +186,32 @@ impl Mapping {
         }
     }
 
+    /// The session.
+    pub fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// Counts a page as stored to although it is not.
+    #[cfg(test)]
+    pub(crate) fn mark_private_for_tests(&self, page: usize) {
+        self.mapped.make_private(self.client.shared(), page, page + 1).unwrap();
+    }
+
     /// The first byte. Reading is allowed for [`Mapping::len`] bytes as [`Mapping`] says, storing
     /// for a `Private` mapping only (else SIGSEGV). Never make a reference from it: other processes
     /// change the bytes, and a reference promises that nobody does. Use volatile or atomic
     /// accesses, or hand it to system calls.
     pub fn as_ptr(&self) -> *mut u8 {
         std::ptr::with_exposed_provenance_mut(self.mapped.addr())
+    }
+
+    /// The bytes, to be copied out. An access to a page that is refused ends the process, as it does
+    /// with every mapping of a file ([`Mapping`] says when).
+    pub fn as_volatile(&self) -> VolatileBytes<'_> {
+        // SAFETY: the range is mapped for reading until this mapping is dropped, which the borrow
+        // does not let happen; accesses that are SIGBUS are documented; no reference into it is made
+        // anywhere in this crate, and `as_ptr` tells others not to.
+        unsafe { VolatileBytes::new(self.as_ptr(), self.len) }
     }
 
     /// Length in bytes.
@@ -282,8 +303,8 @@ impl Mapping {
             match self.mapped.populate(first, end, write) {
                 Ok(()) => return Ok(()),
                 // EFAULT: a page was taken back, and is not waited for in user mode only; or it is
-                // past the end by now.
-                Err(e) if e.raw_os_error() == Some(libc::EFAULT) => {
+                // past the end by now. EHWPOISON: it was refused just now.
+                Err(e) if matches!(e.raw_os_error(), Some(libc::EFAULT | libc::EHWPOISON)) => {
                     last = MmapError::sys("madvise(MADV_POPULATE)", &e);
                     if let Some(why) = shared.session.lost() {
                         return Err(MmapError::Lost(why));
@@ -309,6 +330,12 @@ impl Mapping {
         while at < end {
             let page = self.mapped.first_page() + at as u64;
             let generation = self.mapped.generation();
+            let file_bytes = file.content.lock().bytes;
+            if self.mapped.first_page() + end as u64 > pages_for(file_bytes) {
+                return Err(MmapError::Invalid(format!(
+                    "the range ends past the end of the file, which has {file_bytes} bytes now"
+                )));
+            }
             let request = Request::Fault {
                 file: file.token,
                 generation,

@@ -1,10 +1,11 @@
 //! Files and directories of an export, by handle.
 
 use crate::client::{Client, unexpected};
-use crate::error::Result;
+use crate::error::{MmapError, Result};
 use crate::file::File;
 use copage_coherence::msg::{
-    Attr, DATA_BYTES_MAX, DirReader, FileKind, Handle, OpenHow, Reply, Request, StatFs,
+    Attr, DATA_BYTES_MAX, DirReader, FileKind, Handle, NAME_BYTES_MAX, OpenHow, Reply, Request,
+    StatFs,
 };
 use std::fmt;
 use std::sync::Arc;
@@ -97,6 +98,14 @@ impl Node {
     /// The entry `name` of this directory: one name, any bytes but `/` and NUL, not `.` or `..`.
     /// Links are not followed.
     pub fn lookup(&self, name: &[u8]) -> Result<Self> {
+        if name.len() > NAME_BYTES_MAX {
+            let text = format!("a name of {} bytes", name.len());
+            return Err(MmapError::Path { errno: libc::ENAMETOOLONG, text });
+        }
+        if name.is_empty() || name == b"." || name == b".." || name.iter().any(|b| b"/\0".contains(b)) {
+            let name = String::from_utf8_lossy(name);
+            return Err(MmapError::Invalid(format!("{name:?} is not the name of one entry")));
+        }
         self.call(&Request::Lookup { parent: self.inner.handle, name }, |reply| match reply {
             Reply::Entry { node, attr } => Ok(Self::new(self.inner.client.clone(), node, attr)),
             other => Err(unexpected("Entry", &other)),

@@ -7,13 +7,13 @@ use crate::file::FileInner;
 use crate::limits::OUTBOUND_MESSAGES_MAX;
 use crate::pager::space::Space;
 use crate::pager::worker::Job;
+use crate::quiet::Leaf;
 use crate::sys::{EventFd, process_id};
 use crate::uffd::Uffd;
 use copage_coherence::msg::{FileToken, Frame, Reply, Request, decode_header};
 use copage_grants::Epoch;
 use copage_grants::channel::{Channel, ChannelError};
 use crossbeam_channel::{Sender, bounded};
-use parking_lot::Mutex;
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -29,9 +29,9 @@ pub(crate) struct Shared {
     /// The userfaultfd of this session, or why there is none.
     pub(crate) uffd: std::result::Result<Uffd, String>,
     /// The mappings by address. A leaf lock: nothing is called under it.
-    pub(crate) space: Mutex<Space>,
+    pub(crate) space: Leaf<Space>,
     /// Open files by token, for notices. A leaf lock.
-    files: Mutex<HashMap<FileToken, Weak<FileInner>>>,
+    files: Leaf<HashMap<FileToken, Weak<FileInner>>>,
     /// To the worker thread.
     pub(crate) jobs: Sender<Job>,
     /// An empty file: what pages that are SIGBUS are mapped from.
@@ -50,8 +50,8 @@ impl Shared {
             session,
             welcome,
             uffd,
-            space: Mutex::new(Space::default()),
-            files: Mutex::new(HashMap::new()),
+            space: Leaf::new(Space::default()),
+            files: Leaf::new(HashMap::new()),
             jobs,
             empty,
         }
@@ -120,11 +120,11 @@ pub(crate) struct Session {
     next_request: AtomicU64,
     /// What the socket did not take at once, in order. A leaf lock, held over a send that does not
     /// wait, of bytes that are not mapped from the daemon.
-    outbound: Mutex<VecDeque<Vec<u8>>>,
+    outbound: Leaf<VecDeque<Vec<u8>>>,
     overflow: AtomicBool,
     closing: AtomicBool,
     /// A leaf lock.
-    calls: Mutex<Calls>,
+    calls: Leaf<Calls>,
 }
 
 impl Session {
@@ -135,10 +135,10 @@ impl Session {
             channel,
             wake,
             next_request: AtomicU64::new(next_request),
-            outbound: Mutex::new(VecDeque::new()),
+            outbound: Leaf::new(VecDeque::new()),
             overflow: AtomicBool::new(false),
             closing: AtomicBool::new(false),
-            calls: Mutex::new(Calls::default()),
+            calls: Leaf::new(Calls::default()),
         }
     }
 

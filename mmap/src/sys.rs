@@ -88,7 +88,7 @@ impl Region {
         protection: Protection,
         align: usize,
     ) -> io::Result<Self> {
-        debug_assert!(bytes != 0 && bytes.is_multiple_of(PAGE_SIZE) && align.is_power_of_two());
+        debug_assert!(bytes != 0 && bytes % PAGE_SIZE == 0 && align.is_power_of_two());
         let slack = align.saturating_sub(PAGE_SIZE);
         let too_large = || io::Error::from_raw_os_error(libc::ENOMEM);
         let wanted = bytes.checked_add(slack).ok_or_else(too_large)?;
@@ -141,8 +141,8 @@ impl Region {
     fn check(&self, at: usize, bytes: usize) -> io::Result<usize> {
         let end = at.checked_add(bytes);
         if bytes == 0
-            || !at.is_multiple_of(PAGE_SIZE)
-            || !bytes.is_multiple_of(PAGE_SIZE)
+            || at % PAGE_SIZE != 0
+            || bytes % PAGE_SIZE != 0
             || end.is_none_or(|end| end > self.bytes)
         {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));

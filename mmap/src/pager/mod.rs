@@ -12,6 +12,7 @@ use crate::file::Content;
 use crate::limits::{EVENTS_MAX, IN_FLIGHT_MAX, MESSAGES_BURST_MAX};
 use crate::mapped::Change;
 use crate::mapping::MapKind;
+use crate::quiet::Quiet;
 use crate::session::{Answer, Shared};
 use crate::uffd::{FaultEvent, UffdMsg};
 use copage_coherence::msg::{
@@ -24,6 +25,7 @@ use faults::{Faults, InFlight, Waiter};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::time::{ClockId, clock_gettime};
 use std::os::fd::{AsFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use worker::Job;
@@ -82,8 +84,12 @@ impl Pager {
 
     /// The pager's thread.
     pub(crate) fn run(mut self) {
+        Quiet::forever();
         while !self.finished.load(Ordering::Acquire) {
-            self.turn();
+            // A bug here must not leave threads waiting in their faults: it ends the session.
+            if catch_unwind(AssertUnwindSafe(|| self.turn())).is_err() {
+                self.lose(LostWhy::Internal);
+            }
         }
         self.shared.session.channel.shutdown();
     }
@@ -265,8 +271,7 @@ impl Pager {
         self.faults.insert(number, InFlight { file, generation, first, count, waiters });
     }
 
-    fn answered(&mut self, number: u64, flight: InFlight, bytes: Vec<u8>, fd: Option<OwnedFd>) {
-        let _ = number;
+    fn answered(&mut self, flight: InFlight, bytes: Vec<u8>, fd: Option<OwnedFd>) {
         let answer = Answer::new(bytes, fd);
         match answer.reply() {
             Ok(Reply::Granted { range, .. }) => self.granted(flight, range),
@@ -394,7 +399,7 @@ impl Pager {
                 if self.lease.asked.is_some_and(|(number, _)| number == frame.request) {
                     self.renewed(&Answer::new(bytes.to_vec(), None));
                 } else if let Some(flight) = self.faults.remove(frame.request) {
-                    self.answered(frame.request, flight, bytes.to_vec(), fd);
+                    self.answered(flight, bytes.to_vec(), fd);
                 } else {
                     self.shared.session.answer(frame.request, Answer::new(bytes.to_vec(), fd));
                 }

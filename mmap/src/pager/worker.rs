@@ -1,13 +1,15 @@
 //! What the pager must not do itself, because moving pages waits for the pager: a thread that does
 //! nothing until a file changes, pages are taken back, or the session is lost.
 
+use crate::error::LostWhy;
 use crate::file::{Content, FileInner};
 use crate::mapped::Mapped;
-use crate::rebase::rebase;
+use crate::quiet::Quiet;
+use crate::rebase::{rebase, unmapped};
 use crate::session::Shared;
-use copage_coherence::msg::{FileToken, Generation, PageRange, Request};
-use copage_grants::{PageIndex, pages_for};
+use copage_coherence::msg::{Generation, PageRange, Request};
 use crossbeam_channel::Receiver;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -28,19 +30,15 @@ pub(crate) enum Job {
 
 /// The worker's thread. Ends after [`Job::Lost`]; `finished` tells the pager that it may end too.
 pub(crate) fn run(shared: &Arc<Shared>, jobs: &Receiver<Job>, finished: &AtomicBool) {
+    Quiet::forever();
     while let Ok(job) = jobs.recv() {
-        match job {
-            Job::Rebase { file, content, recall } => {
-                do_rebase(shared, &file, content, recall);
-            }
-            Job::Invalidate { file, generation, range, recall } => {
-                invalidate(shared, &file, generation, range);
-                unmapped(shared, file.token, generation, range.first.0, range.count.into());
-                shared.session.post(&Request::Ack { recall });
-            }
-            Job::ForgetPrivate { mapped, file_page } => mapped.forget_private(shared, file_page),
-            Job::Unmap(mapped) => mapped.unmap(shared),
-            Job::Lost => break,
+        if matches!(job, Job::Lost) {
+            break;
+        }
+        // A bug here must not leave threads waiting in their faults: it ends the session.
+        if catch_unwind(AssertUnwindSafe(|| work(shared, job))).is_err() {
+            shared.session.lose(LostWhy::Internal);
+            break;
         }
     }
     let mappings = shared.space.lock().close();
@@ -60,12 +58,22 @@ pub(crate) fn run(shared: &Arc<Shared>, jobs: &Receiver<Job>, finished: &AtomicB
     }
 }
 
+fn work(shared: &Shared, job: Job) {
+    match job {
+        Job::Rebase { file, content, recall } => do_rebase(shared, &file, content, recall),
+        Job::Invalidate { file, generation, range, recall } => {
+            invalidate(shared, &file, generation, range);
+            unmapped(shared, file.token, generation, range.first.0, range.count.into());
+            shared.session.post(&Request::Ack { recall });
+        }
+        Job::ForgetPrivate { mapped, file_page } => mapped.forget_private(shared, file_page),
+        Job::Unmap(mapped) => mapped.unmap(shared),
+        // The end of `run`'s loop.
+        Job::Lost => {}
+    }
+}
+
 fn do_rebase(shared: &Shared, file: &Arc<FileInner>, content: Content, recall: Option<u64>) {
-    let old = {
-        let known = file.content.lock();
-        (known.generation, known.bytes)
-    };
-    let newest = content.generation;
     rebase(shared, file, content);
     // Down first, then wake: a fault that the pager let lie because the count was up is waiting by
     // now; one that comes later is served.
@@ -75,10 +83,6 @@ fn do_rebase(shared: &Shared, file: &Arc<FileInner>, content: Content, recall: O
         for mapped in mappings {
             mapped.wake_all(uffd);
         }
-    }
-    let (generation, bytes) = old;
-    if generation < newest {
-        unmapped(shared, file.token, generation, 0, pages_for(bytes));
     }
     if let Some(recall) = recall {
         shared.session.post(&Request::Ack { recall });
@@ -94,17 +98,5 @@ fn invalidate(shared: &Shared, file: &Arc<FileInner>, generation: Generation, ra
             // The daemon takes them by force, or fences: its table is the truth.
             tracing::warn!(error = %e, "pages could not be unmapped");
         }
-    }
-}
-
-/// Says that `pages` pages from `first` are not mapped any more.
-fn unmapped(shared: &Shared, file: FileToken, generation: Generation, first: u64, pages: u64) {
-    let mut at = first;
-    let end = first.saturating_add(pages);
-    while at < end {
-        let count = u32::try_from(end - at).unwrap_or(u32::MAX);
-        let range = PageRange { first: PageIndex(at), count };
-        shared.session.post(&Request::Unmapped { file, generation, range });
-        at += u64::from(count);
     }
 }

@@ -1,0 +1,372 @@
+//! A daemon that is no more than the protocol: one thread, one guest at a time, files whose pages
+//! say where they are from. What it is told to do wrong it does wrong.
+
+use copage_coherence::msg::{
+    Attr, DecodeError, FaultHint, FileKind, FileToken, Generation, Handle, MESSAGE_BYTES_MAX, Notice,
+    OpenHow, OpenedFlags, PageRange, Reply, Request, WelcomeFlags, decode_header,
+};
+use copage_grants::channel::{Channel, ChannelError, Listener};
+use copage_grants::{DomId, Epoch, PAGE_SIZE, PageIndex, Version, pages_for};
+use parking_lot::{Condvar, Mutex};
+use rustix::fs::{FallocateFlags, MemfdFlags, Mode, OFlags};
+use std::collections::{HashMap, HashSet};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+pub(super) const EPOCH: Epoch = Epoch(77);
+
+/// The word that fills page `page` of content `generation`; never 0.
+pub(super) fn word(generation: u32, page: u64) -> u64 {
+    (u64::from(generation) << 40) | (page + 1)
+}
+
+/// One content of the one file.
+pub(super) struct Home {
+    write: OwnedFd,
+    read: OwnedFd,
+    pub(super) bytes: u64,
+}
+
+impl Home {
+    fn new(bytes: u64) -> Self {
+        let write = rustix::fs::memfd_create(c"frames", MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&write, bytes).unwrap();
+        let path = format!("/proc/self/fd/{}", write.as_raw_fd());
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        let read = rustix::fs::open(path, flags, Mode::empty()).unwrap();
+        Self { write, read, bytes }
+    }
+
+    fn fill(&self, generation: u32, page: u64) {
+        let mut data = Vec::with_capacity(PAGE_SIZE);
+        for _ in 0..PAGE_SIZE / 8 {
+            data.extend_from_slice(&word(generation, page).to_le_bytes());
+        }
+        let at = page * PAGE_SIZE as u64;
+        data.truncate((self.bytes - at).min(PAGE_SIZE as u64) as usize);
+        assert_eq!(rustix::io::pwrite(&self.write, &data, at).unwrap(), data.len());
+    }
+
+    pub(super) fn punch(&self, first: u64, pages: u64) {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        let page = PAGE_SIZE as u64;
+        rustix::fs::fallocate(&self.write, flags, first * page, pages * page).unwrap();
+    }
+}
+
+/// A request that came, as far as tests ask.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Seen {
+    Fault { generation: u32, first: u64, count: u32, hint: FaultHint },
+    Forget,
+    Close,
+    Ack(u64),
+    Unmapped { generation: u32, first: u64, count: u32 },
+    Bye,
+}
+
+#[derive(Default)]
+pub(super) struct State {
+    pub(super) homes: HashMap<u32, Home>,
+    pub(super) newest: u32,
+    pub(super) seen: Vec<Seen>,
+    /// Pages that cannot be read.
+    pub(super) bad: HashSet<u64>,
+    /// Take each page back again this many faults after it was granted.
+    pub(super) thrash: bool,
+    /// Wait so long with each Granted.
+    pub(super) slow: Duration,
+    /// Grant at most so many pages at once.
+    pub(super) grant_max: u32,
+    /// Do not answer renewals.
+    pub(super) deaf: bool,
+    /// Answer no fault.
+    pub(super) stuck: bool,
+    /// Give a `/dev/userfaultfd`.
+    pub(super) device: bool,
+    channel: Option<Arc<Channel>>,
+}
+
+pub(super) struct Fake {
+    dir: tempfile::TempDir,
+    pub(super) state: Mutex<State>,
+    changed: Condvar,
+    ttl_ms: u32,
+}
+
+impl Fake {
+    /// A daemon with one file, `f`, of `bytes` bytes.
+    pub(super) fn start(bytes: u64) -> Arc<Self> {
+        Self::start_with(bytes, 60_000)
+    }
+
+    pub(super) fn start_with(bytes: u64, ttl_ms: u32) -> Arc<Self> {
+        let dir = tempfile::tempdir().unwrap();
+        let mut state = State { newest: 1, grant_max: u32::MAX, ..State::default() };
+        state.homes.insert(1, Home::new(bytes));
+        let fake =
+            Arc::new(Self { dir, state: Mutex::new(state), changed: Condvar::new(), ttl_ms });
+        let listener = Listener::bind(&fake.socket(), 0o600).unwrap();
+        let daemon = Arc::clone(&fake);
+        std::thread::spawn(move || {
+            // Until the process ends, or the test has dropped it and nobody comes.
+            while let Ok((channel, _peer)) = listener.accept() {
+                let channel = Arc::new(channel);
+                daemon.state.lock().channel = Some(Arc::clone(&channel));
+                let daemon = Arc::clone(&daemon);
+                std::thread::spawn(move || daemon.serve(&channel));
+            }
+        });
+        fake
+    }
+
+    pub(super) fn socket(&self) -> PathBuf {
+        self.dir.path().join("guest.sock")
+    }
+
+    fn serve(&self, channel: &Channel) {
+        let mut buf = vec![0; MESSAGE_BYTES_MAX];
+        let mut out = Vec::new();
+        loop {
+            let len = match channel.recv(&mut buf) {
+                Ok(message) => message.len,
+                Err(ChannelError::Closed) => return,
+                Err(e) => panic!("{e}"),
+            };
+            let frame = decode_header(&buf[..len]).unwrap();
+            let request: Result<Request<'_>, DecodeError> = Request::decode(&frame);
+            let request = request.unwrap();
+            let (slow, reply) = {
+                let mut state = self.state.lock();
+                let reply = state.handle(&request, self.ttl_ms);
+                (state.slow, reply)
+            };
+            self.changed.notify_all();
+            if let Some((reply, fd)) = reply {
+                if matches!(request, Request::Fault { .. }) {
+                    std::thread::sleep(slow);
+                }
+                let epoch = if matches!(request, Request::Hello { .. }) { Epoch(0) } else { EPOCH };
+                reply.encode(frame.request, epoch, &mut out).unwrap();
+                if channel.send(&out, fd.as_ref().map(AsFd::as_fd)).is_err() {
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Waits until `test` holds of the state; fails after 10 s.
+    pub(super) fn wait(&self, what: &str, mut test: impl FnMut(&State) -> bool) {
+        let until = Instant::now() + Duration::from_secs(10);
+        let mut state = self.state.lock();
+        while !test(&state) {
+            assert!(!self.changed.wait_until(&mut state, until).timed_out(), "{what}");
+        }
+    }
+
+    pub(super) fn notify(&self, notice: &Notice, fd: Option<&OwnedFd>) {
+        let mut out = Vec::new();
+        notice.encode(EPOCH, &mut out).unwrap();
+        let channel = self.state.lock().channel.clone().unwrap();
+        channel.send(&out, fd.map(AsFd::as_fd)).unwrap();
+    }
+
+    /// Sends bytes that are no message.
+    pub(super) fn garbage(&self, bytes: &[u8]) {
+        self.state.lock().channel.clone().unwrap().send(bytes, None).unwrap();
+    }
+
+    /// As if the daemon died.
+    pub(super) fn die(&self) {
+        self.state.lock().channel.take().unwrap().shutdown();
+    }
+
+    /// A newer content. `force`: everything of the old is taken back.
+    pub(super) fn change(&self, bytes: u64, force: bool) -> u32 {
+        let mut state = self.state.lock();
+        let newest = state.newest + 1;
+        state.homes.insert(newest, Home::new(bytes));
+        state.newest = newest;
+        if force {
+            let old = &state.homes[&(newest - 1)];
+            old.punch(0, pages_for(old.bytes).max(1));
+        }
+        newest
+    }
+
+    /// Tells of the newest content.
+    pub(super) fn tell(&self, recall: u64) {
+        let (fd, notice) = {
+            let state = self.state.lock();
+            let home = &state.homes[&state.newest];
+            let notice = Notice::Rebase {
+                recall,
+                file: FileToken(5),
+                generation: Generation(state.newest),
+                version: Version::new(1, state.newest),
+                bytes: home.bytes,
+                deadline_ms: 1000,
+            };
+            (home.read.try_clone().unwrap(), notice)
+        };
+        self.notify(&notice, Some(&fd));
+    }
+
+    pub(super) fn punch(&self, first: u64, pages: u64) {
+        let state = self.state.lock();
+        state.homes[&state.newest].punch(first, pages);
+    }
+
+    pub(super) fn faults(&self) -> Vec<(u64, u32)> {
+        let seen = self.state.lock().seen.clone();
+        seen.iter()
+            .filter_map(|s| match s {
+                Seen::Fault { first, count, .. } => Some((*first, *count)),
+                _ => None,
+            })
+            .collect()
+    }
+}
+
+fn attr(kind: FileKind, bytes: u64) -> Attr {
+    Attr {
+        kind,
+        perm: 0o755,
+        nlink: 1,
+        uid: 0,
+        gid: 0,
+        ino: 1,
+        dev: 1,
+        rdev: 0,
+        bytes,
+        blocks: 0,
+        atime: (0, 0),
+        mtime: (0, 0),
+        ctime: (0, 0),
+    }
+}
+
+type Said = Option<(Reply<'static>, Option<OwnedFd>)>;
+
+impl State {
+    fn handle(&mut self, request: &Request<'_>, ttl_ms: u32) -> Said {
+        let handle = |slot| Handle { slot, tag: 9, epoch: EPOCH.0 };
+        let newest = &self.homes[&self.newest];
+        let plain = |reply| Some((reply, None));
+        match *request {
+            Request::Hello { flags, .. } => {
+                let device = (self.device && flags.wants_userfaultfd).then(|| {
+                    let flags = OFlags::RDWR | OFlags::CLOEXEC;
+                    rustix::fs::open("/dev/userfaultfd", flags, Mode::empty()).unwrap()
+                });
+                let welcome = Reply::Welcome {
+                    dom: DomId(3),
+                    epoch: EPOCH,
+                    lease_ttl_ms: ttl_ms,
+                    invalidate_deadline_ms: 5000,
+                    handles_max: 100,
+                    files_max: 100,
+                    flags: WelcomeFlags {
+                        forced_revoke: true,
+                        read_only_enforced: false,
+                        userfaultfd: device.is_some(),
+                    },
+                    name: b"guest",
+                };
+                Some((welcome, device))
+            }
+            Request::Exports => plain(Reply::Exports { names: b"all\0more\0" }),
+            Request::Attach { export: b"all" } => plain(Reply::Attached {
+                root: handle(1),
+                attr: attr(FileKind::Directory, 0),
+                mode: 0,
+            }),
+            Request::Lookup { name: b"f", .. } => plain(Reply::Entry {
+                node: handle(2),
+                attr: attr(FileKind::Regular, newest.bytes),
+            }),
+            Request::Attach { .. } | Request::Lookup { .. } => {
+                plain(Reply::Error { errno: libc::ENOENT, text: b"no such name" })
+            }
+            Request::Open { how, .. } => {
+                if how == OpenHow::Pin {
+                    (0..pages_for(newest.bytes)).for_each(|p| newest.fill(self.newest, p));
+                }
+                let opened = Reply::Opened {
+                    file: FileToken(5),
+                    generation: Generation(self.newest),
+                    version: Version::new(1, self.newest),
+                    bytes: newest.bytes,
+                    flags: OpenedFlags {
+                        descriptor: true,
+                        pinned: how == OpenHow::Pin,
+                        host_bounded: false,
+                    },
+                };
+                Some((opened, Some(newest.read.try_clone().unwrap())))
+            }
+            Request::Fault { generation, range, hint, .. } => {
+                self.seen.push(Seen::Fault {
+                    generation: generation.0,
+                    first: range.first.0,
+                    count: range.count,
+                    hint,
+                });
+                self.fault(generation, range)
+            }
+            Request::Renew if !self.deaf => plain(Reply::Renewed { lease_ttl_ms: ttl_ms }),
+            Request::Close { .. } => {
+                self.seen.push(Seen::Close);
+                plain(Reply::Done)
+            }
+            Request::Forget { .. } => self.note(Seen::Forget),
+            Request::Ack { recall } => self.note(Seen::Ack(recall)),
+            Request::Bye => self.note(Seen::Bye),
+            Request::Unmapped { generation, range, .. } => self.note(Seen::Unmapped {
+                generation: generation.0,
+                first: range.first.0,
+                count: range.count,
+            }),
+            _ => None,
+        }
+    }
+
+    fn note(&mut self, seen: Seen) -> Said {
+        self.seen.push(seen);
+        None
+    }
+
+    fn fault(&self, generation: Generation, range: PageRange) -> Said {
+        if self.stuck {
+            return None;
+        }
+        let newest = &self.homes[&self.newest];
+        if generation.0 != self.newest {
+            let stale = Reply::Stale {
+                generation: Generation(self.newest),
+                version: Version::new(1, self.newest),
+                bytes: newest.bytes,
+            };
+            return Some((stale, Some(newest.read.try_clone().unwrap())));
+        }
+        let first = range.first.0;
+        let end = (first + u64::from(range.count.min(self.grant_max))).min(pages_for(newest.bytes));
+        if (first..end).any(|page| self.bad.contains(&page)) {
+            let text: &[u8] = b"the host could not read the page";
+            return Some((Reply::Error { errno: libc::EIO, text }, None));
+        }
+        if self.thrash {
+            newest.punch(0, pages_for(newest.bytes));
+        }
+        (first..end).for_each(|page| newest.fill(self.newest, page));
+        let granted = Reply::Granted {
+            generation,
+            range: PageRange { first: PageIndex(first), count: (end - first) as u32 },
+            granter: DomId(0),
+            refs: &[],
+        };
+        Some((granted, None))
+    }
+}
