@@ -40,8 +40,7 @@ impl DirWriter {
             Ok(n) if (1..=NAME_BYTES_MAX).contains(&entry.name.len()) => n,
             _ => return Err(EncodeError::Value("entry name")),
         };
-        let bytes = Self::entry_bytes(entry.name.len(), entry.node.is_some());
-        if self.entries.len() + bytes > self.bytes_max {
+        if !self.has_room(entry.name.len(), entry.node.is_some()) {
             return Ok(false);
         }
         let node = match &entry.node {
@@ -65,6 +64,11 @@ impl DirWriter {
         }
         self.entries.extend_from_slice(entry.name);
         Ok(true)
+    }
+
+    /// Would an entry with a name of that length fit?
+    pub fn has_room(&self, name_bytes: usize, with_node: bool) -> bool {
+        self.entries.len() + Self::entry_bytes(name_bytes, with_node) <= self.bytes_max
     }
 
     /// Nothing was added.

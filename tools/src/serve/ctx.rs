@@ -1,0 +1,464 @@
+//! What all sessions share: the machine, the cache, tickets, recalls. Everything here runs on the
+//! loop's thread.
+
+use super::exports::Exports;
+use super::handles::Tags;
+use super::identity::Guests;
+use super::session::{Conn, Open, Session};
+use copage_cache::{Cache, CachedFile, FileId, Holder, OpenHow, RecallEnd};
+use copage_coherence::msg::{ERROR_TEXT_BYTES_MAX, FenceReason, FileToken, Reply};
+use copage_coherence::session::{Action, Event, RecallOutcome, Sessions, Subject};
+use copage_grants::{Backend, DomId, Epoch, PageIndex};
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+/// What a request that the cache works on will be answered with.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Wanted {
+    Attached,
+    Entry,
+    Attr,
+    Bytes,
+    Dir { bytes_max: u32 },
+    Opened,
+    Fault(FileToken),
+    StatFs,
+}
+
+/// A request that the cache works on.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Ticket {
+    pub conn: u64,
+    pub epoch: Epoch,
+    pub who: Holder,
+    pub request: u64,
+    pub wanted: Wanted,
+}
+
+/// One recall of the cache from one domain, asked through each of the domain's opens of the file.
+#[derive(Debug)]
+struct Join {
+    file: Arc<CachedFile>,
+    generation: u32,
+    first: PageIndex,
+    count: u32,
+    dom: DomId,
+    left: usize,
+}
+
+/// Which recall of the machine is for what.
+#[derive(Clone, Copy, Debug)]
+enum Asked {
+    Pages { join: u64 },
+    Rebase,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct AskedOf {
+    conn: u64,
+    token: FileToken,
+    what: Asked,
+}
+
+/// Counts since the start.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Counts {
+    pub connections: u64,
+    pub sessions: u64,
+    pub sessions_refused: u64,
+    pub requests: u64,
+    pub messages_bad: u64,
+    pub notices: u64,
+    pub fenced_lease: u64,
+    pub fenced_deadline: u64,
+    pub fenced_protocol: u64,
+    pub fenced_removed: u64,
+    pub ended: u64,
+    pub rounds: u64,
+}
+
+/// See the module.
+pub(super) struct Ctx {
+    pub cache: Arc<Cache>,
+    pub backend: Arc<dyn Backend>,
+    pub machine: Sessions,
+    /// What the machine said and nobody did yet.
+    pub actions: VecDeque<Action>,
+    pub guests: Guests,
+    pub exports: Exports,
+    pub tags: Tags,
+    pub tickets: HashMap<u64, Ticket>,
+    /// Requests that the cache works on, for domids without a session any more.
+    pub late: BTreeMap<DomId, usize>,
+    /// Connections by domid and by epoch.
+    pub by_dom: HashMap<DomId, u64>,
+    pub by_epoch: HashMap<Epoch, u64>,
+    /// Who has a file open.
+    pub openers: HashMap<FileId, Vec<(u64, FileToken)>>,
+    joins: HashMap<u64, Join>,
+    asked: HashMap<u64, AskedOf>,
+    pub userfaultfd: Option<OwnedFd>,
+    pub own_uid: u32,
+    pub now_ms: u64,
+    pub counts: Counts,
+    next_number: u64,
+    wire: Vec<u8>,
+    step: Vec<Action>,
+}
+
+impl Ctx {
+    pub(super) fn new(
+        cache: Arc<Cache>,
+        backend: Arc<dyn Backend>,
+        machine: Sessions,
+        guests: Guests,
+        exports: Exports,
+    ) -> Self {
+        Self {
+            cache,
+            backend,
+            machine,
+            actions: VecDeque::new(),
+            guests,
+            exports,
+            tags: Tags::default(),
+            tickets: HashMap::new(),
+            late: BTreeMap::new(),
+            by_dom: HashMap::new(),
+            by_epoch: HashMap::new(),
+            openers: HashMap::new(),
+            joins: HashMap::new(),
+            asked: HashMap::new(),
+            userfaultfd: None,
+            own_uid: rustix::process::geteuid().as_raw(),
+            now_ms: 0,
+            counts: Counts::default(),
+            next_number: 0,
+            wire: Vec::new(),
+            step: Vec::new(),
+        }
+    }
+
+    /// A number not used before: for tickets, file tokens and joins.
+    pub(super) fn number(&mut self) -> u64 {
+        self.next_number += 1;
+        self.next_number
+    }
+
+    /// Takes an event into the machine; what comes out is done by the loop.
+    pub(super) fn event(&mut self, event: Event) {
+        self.machine.step(self.now_ms, event, &mut self.step);
+        self.actions.extend(self.step.drain(..));
+    }
+
+    /// Begins a request that the cache answers later; the number is for the cache.
+    pub(super) fn ticket(
+        &mut self,
+        conn: u64,
+        session: &mut Session,
+        request: u64,
+        wanted: Wanted,
+    ) -> u64 {
+        let number = self.number();
+        session.in_flight += 1;
+        let ticket = Ticket {
+            conn,
+            epoch: session.epoch,
+            who: session.who,
+            request,
+            wanted,
+        };
+        self.tickets.insert(number, ticket);
+        number
+    }
+
+    /// Sends a reply, with a descriptor beside it. Before Welcome the epoch is 0.
+    pub(super) fn answer_with(
+        &mut self,
+        conn: &mut Conn,
+        epoch: Epoch,
+        request: u64,
+        reply: &Reply<'_>,
+        fd: Option<OwnedFd>,
+    ) {
+        if let Err(error) = reply.encode(request, epoch, &mut self.wire) {
+            // A file system's answer that the protocol cannot carry.
+            tracing::warn!(%error, "a reply could not be put into a message");
+            self.refuse_with(
+                conn,
+                epoch,
+                request,
+                libc::EOVERFLOW,
+                "the answer fits no message",
+            );
+            return;
+        }
+        conn.send(&self.wire, fd);
+    }
+
+    /// Sends an error.
+    pub(super) fn refuse_with(
+        &mut self,
+        conn: &mut Conn,
+        epoch: Epoch,
+        request: u64,
+        errno: i32,
+        text: &str,
+    ) {
+        let mut end = text.len().min(ERROR_TEXT_BYTES_MAX);
+        while !text.is_char_boundary(end) {
+            end -= 1;
+        }
+        // An errno outside the protocol's range would be a fault of ours: EIO says so.
+        let errno = if (1..=4095).contains(&errno) {
+            errno
+        } else {
+            libc::EIO
+        };
+        let reply = Reply::Error {
+            errno,
+            text: text[..end].as_bytes(),
+        };
+        match reply.encode(request, epoch, &mut self.wire) {
+            Ok(()) => conn.send(&self.wire, None),
+            // Only a request numbered 0 cannot be answered, and none is that wants an answer.
+            Err(error) => tracing::error!(%error, "an error could not be put into a message"),
+        }
+    }
+
+    /// Sends an error with the epoch that the connection has.
+    pub(super) fn refuse(&mut self, conn: &mut Conn, request: u64, errno: i32, text: &str) {
+        let epoch = conn.session.as_ref().map_or(Epoch(0), |s| s.epoch);
+        self.refuse_with(conn, epoch, request, errno, text);
+    }
+
+    /// Sends a notice.
+    pub(super) fn notify(
+        &mut self,
+        conn: &mut Conn,
+        epoch: Epoch,
+        notice: &copage_coherence::msg::Notice,
+        fd: Option<OwnedFd>,
+    ) {
+        self.counts.notices += 1;
+        match notice.encode(epoch, &mut self.wire) {
+            Ok(()) => conn.send(&self.wire, fd),
+            // Ranges come from the cache and are good.
+            Err(error) => tracing::error!(%error, "a notice could not be put into a message"),
+        }
+    }
+
+    /// The newest content of a file and, for opens that map it, its descriptor.
+    pub(super) fn newest(
+        &self,
+        file: &Arc<CachedFile>,
+    ) -> Result<(copage_cache::FileState, OwnedFd), copage_cache::CacheError> {
+        // A file that changes between the two calls has a newer state in the second round.
+        let mut last = None;
+        for _ in 0..3 {
+            let state = self.cache.current(file);
+            match self.cache.descriptor(file, state.generation) {
+                Ok(fd) => return Ok((state, fd)),
+                Err(error) => last = Some(error),
+            }
+        }
+        Err(last.unwrap_or(copage_cache::CacheError::Changing))
+    }
+
+    /// Asks a session something back through one of its opens.
+    fn ask(
+        &mut self,
+        conn: u64,
+        session: &mut Session,
+        token: FileToken,
+        subject: Subject,
+        what: Asked,
+    ) -> bool {
+        self.machine.step(
+            self.now_ms,
+            Event::Recall {
+                epoch: session.epoch,
+                subject,
+            },
+            &mut self.step,
+        );
+        let number = self.step.iter().find_map(|action| match *action {
+            Action::Ask { recall, .. } => Some(recall),
+            _ => None,
+        });
+        self.actions.extend(self.step.drain(..));
+        let (Some(recall), Some(open)) = (number, session.files.get_mut(&token)) else {
+            return false;
+        };
+        open.asked.push(recall);
+        if matches!(what, Asked::Rebase) {
+            open.rebase = Some(recall);
+        }
+        self.asked.insert(recall, AskedOf { conn, token, what });
+        true
+    }
+
+    /// The cache wants pages back from one domain.
+    pub(super) fn recall_pages(
+        &mut self,
+        conn: Option<&mut Conn>,
+        file: &Arc<CachedFile>,
+        pages: (u32, PageIndex, u32),
+        dom: DomId,
+        reason: copage_coherence::msg::InvalidateReason,
+    ) {
+        use copage_coherence::msg::{Generation, PageRange};
+        let (generation, first, count) = pages;
+        let mut left = 0;
+        let join = self.number();
+        let mut is_live = false;
+        if let Some(conn) = conn
+            && let Some(mut session) = conn.session.take()
+        {
+            let id = conn.id;
+            let tokens: Vec<FileToken> = self
+                .openers
+                .get(&file.id)
+                .map(|all| {
+                    all.iter()
+                        .filter(|(c, _)| *c == id)
+                        .map(|&(_, t)| t)
+                        .collect()
+                })
+                .unwrap_or_default();
+            for token in tokens {
+                let maps = session
+                    .files
+                    .get(&token)
+                    .is_some_and(|o| o.how != OpenHow::Read);
+                let subject = Subject::Pages {
+                    file: token,
+                    generation: Generation(generation),
+                    range: PageRange { first, count },
+                    reason,
+                };
+                if maps && self.ask(id, &mut session, token, subject, Asked::Pages { join }) {
+                    left += 1;
+                }
+            }
+            is_live = self.machine.counts(self.now_ms, session.epoch);
+            conn.session = Some(session);
+        }
+        if left == 0 {
+            // Nobody to ask: the file was closed meanwhile, or the session is gone.
+            let end = if is_live {
+                RecallEnd::Acked
+            } else {
+                RecallEnd::Fenced
+            };
+            self.cache
+                .recall_done(file, generation, first, count, dom, end);
+        } else {
+            let join = (
+                join,
+                Join {
+                    file: file.clone(),
+                    generation,
+                    first,
+                    count,
+                    dom,
+                    left,
+                },
+            );
+            self.joins.insert(join.0, join.1);
+        }
+    }
+
+    /// A file that this session has open has a newer content.
+    pub(super) fn rebase(&mut self, conn: &mut Conn, token: FileToken) {
+        use copage_coherence::msg::Generation;
+        let id = conn.id;
+        let Some(mut session) = conn.session.take() else {
+            return;
+        };
+        if let Some(open) = session.files.get_mut(&token)
+            && !open.withdrawn
+            && open.how != OpenHow::Read
+        {
+            if open.rebase.is_some() {
+                open.rebase_again = true;
+            } else {
+                let state = self.cache.current(&open.file);
+                let subject = Subject::Rebase {
+                    file: token,
+                    generation: Generation(state.generation),
+                    version: state.version,
+                    bytes: state.bytes,
+                };
+                self.ask(id, &mut session, token, subject, Asked::Rebase);
+            }
+        }
+        conn.session = Some(session);
+    }
+
+    /// A recall has ended. `conn` is whose it was; `true`: the file changed meanwhile, ask again.
+    pub(super) fn settled(
+        &mut self,
+        conn: Option<&mut Conn>,
+        recall: u64,
+        outcome: RecallOutcome,
+    ) -> Option<FileToken> {
+        let asked = self.asked.remove(&recall)?;
+        let mut again = None;
+        let open = conn
+            .and_then(|c| c.session.as_mut())
+            .and_then(|s| s.files.get_mut(&asked.token));
+        if let Some(open) = open {
+            open.asked.retain(|&r| r != recall);
+            if open.rebase == Some(recall) {
+                open.rebase = None;
+                if std::mem::take(&mut open.rebase_again) {
+                    again = Some(asked.token);
+                }
+            }
+        }
+        if let Asked::Pages { join } = asked.what {
+            let done = match outcome {
+                RecallOutcome::Fenced => Some(RecallEnd::Fenced),
+                // A process that is gone maps nothing.
+                RecallOutcome::Acked | RecallOutcome::Ended => {
+                    self.joins.get_mut(&join).and_then(|j| {
+                        j.left -= 1;
+                        (j.left == 0).then_some(RecallEnd::Acked)
+                    })
+                }
+            };
+            if let Some(end) = done
+                && let Some(j) = self.joins.remove(&join)
+            {
+                self.cache
+                    .recall_done(&j.file, j.generation, j.first, j.count, j.dom, end);
+            }
+        }
+        again
+    }
+
+    /// Whose recall it is.
+    pub(super) fn asked_conn(&self, recall: u64) -> Option<u64> {
+        self.asked.get(&recall).map(|a| a.conn)
+    }
+
+    /// Takes an open out of a session's table: the caller has told the cache.
+    pub(super) fn forget_open(&mut self, conn: u64, guest: u32, token: FileToken, open: &Open) {
+        if let Some(all) = self.openers.get_mut(&open.file.id) {
+            all.retain(|&(c, t)| (c, t) != (conn, token));
+            if all.is_empty() {
+                self.openers.remove(&open.file.id);
+            }
+        }
+        if let Some(guest) = self.guests.get_mut(guest) {
+            guest.files = guest.files.saturating_sub(1);
+        }
+    }
+
+    /// Fences the session of a connection.
+    pub(super) fn fence(&mut self, epoch: Epoch, reason: FenceReason) {
+        self.event(Event::Fence { epoch, reason });
+    }
+}

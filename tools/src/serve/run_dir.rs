@@ -1,0 +1,134 @@
+//! The daemon's directory: one daemon in it at a time, and the epoch that rises from one to the next.
+
+use super::clock::epoch_seconds;
+use rustix::fs::{FlockOperation, flock};
+use std::fs::File;
+use std::io::{self, Read, Seek, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+/// Name of the socket for guests.
+pub const GUEST_SOCKET: &str = "guest.sock";
+/// Name of the socket for the administrator.
+pub const ADMIN_SOCKET: &str = "admin.sock";
+const LOCK_FILE: &str = "daemon.lock";
+
+/// A directory held by this daemon until it is dropped.
+#[derive(Debug)]
+pub(super) struct RunDir {
+    path: PathBuf,
+    /// Held, not read: closing it ends the lock. The file stays, with the epoch in it.
+    _lock: File,
+    /// This daemon's epoch: above that of every daemon that was here before.
+    pub epoch: u32,
+}
+
+/// Why the directory cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum RunDirError {
+    /// Another daemon is alive in it.
+    #[error("a daemon (process {pid}) is running in {}; stop it or choose another --run-dir", path.display())]
+    InUse {
+        /// The directory.
+        path: PathBuf,
+        /// Its process, as it wrote it down.
+        pid: String,
+    },
+    /// The directory or its lock file cannot be made.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// What.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl RunDir {
+    pub(super) fn claim(path: &Path) -> Result<Self, RunDirError> {
+        let fail = |path: &Path| {
+            let path = path.to_owned();
+            move |source| RunDirError::Io { path, source }
+        };
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o755)
+            .create(path)
+            .map_err(fail(path))?;
+        let lock_path = path.join(LOCK_FILE);
+        let mut lock = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&lock_path)
+            .map_err(fail(&lock_path))?;
+        let locked = flock(&lock, FlockOperation::NonBlockingLockExclusive);
+        let mut text = String::new();
+        // What cannot be read says nothing; it is written anew below.
+        let _ = (&mut lock).take(64).read_to_string(&mut text);
+        let mut words = text.split_whitespace();
+        let (pid, last) = (words.next().unwrap_or("unknown"), words.next());
+        match locked {
+            Ok(()) => {}
+            Err(rustix::io::Errno::AGAIN) => {
+                return Err(RunDirError::InUse {
+                    path: path.to_owned(),
+                    pid: pid.to_owned(),
+                });
+            }
+            Err(errno) => return Err(fail(&lock_path)(errno.into())),
+        }
+        let last: u32 = last.and_then(|word| word.parse().ok()).unwrap_or(0);
+        let epoch = epoch_seconds().max(last.saturating_add(1));
+        let write = |lock: &mut File| {
+            lock.set_len(0)?;
+            lock.rewind()?;
+            writeln!(lock, "{} {epoch}", std::process::id())
+        };
+        write(&mut lock).map_err(fail(&lock_path))?;
+        Ok(Self {
+            path: path.to_owned(),
+            _lock: lock,
+            epoch,
+        })
+    }
+
+    pub(super) fn guest_socket(&self) -> PathBuf {
+        self.path.join(GUEST_SOCKET)
+    }
+
+    pub(super) fn admin_socket(&self) -> PathBuf {
+        self.path.join(ADMIN_SOCKET)
+    }
+}
+
+impl Drop for RunDir {
+    fn drop(&mut self) {
+        // The guests' socket goes with its listener. The lock is still held here.
+        let _ = rustix::fs::unlink(self.admin_socket());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_daemon_at_a_time_and_epochs_rise() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("run");
+        let first = RunDir::claim(&path).unwrap();
+        let error = RunDir::claim(&path).unwrap_err();
+        assert!(
+            error.to_string().contains(&std::process::id().to_string()),
+            "{error}"
+        );
+        let epoch = first.epoch;
+        drop(first);
+        let second = RunDir::claim(&path).unwrap();
+        assert!(second.epoch > epoch);
+    }
+}

@@ -1,0 +1,117 @@
+//! One guest's connection, before and after Hello.
+
+use super::handles::Handles;
+use super::limits::IN_FLIGHT_MAX;
+use super::outbox::{Outbox, Unsent};
+use super::poll::Interest;
+use copage_cache::{CachedFile, Holder, OpenHow};
+use copage_coherence::msg::FileToken;
+use copage_grants::Epoch;
+use copage_grants::channel::{Channel, Peer};
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+/// What a connection said in Hello, while the answer is worked out.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Hello {
+    pub request: u64,
+    pub guest: u32,
+    pub wants_userfaultfd: bool,
+}
+
+/// An open file of a session.
+#[derive(Debug)]
+pub(super) struct Open {
+    pub file: Arc<CachedFile>,
+    pub how: OpenHow,
+    /// Recalls that concern it and are not answered.
+    pub asked: Vec<u64>,
+    /// The Rebase among them: at most one at a time.
+    pub rebase: Option<u64>,
+    /// The content changed again since: ask once more after the answer.
+    pub rebase_again: bool,
+    /// The cache ended this open itself.
+    pub withdrawn: bool,
+}
+
+/// What a connection is once it has a session.
+#[derive(Debug)]
+pub(super) struct Session {
+    pub epoch: Epoch,
+    pub who: Holder,
+    pub name: Arc<str>,
+    pub handles: Handles,
+    pub files: HashMap<FileToken, Open>,
+    pub connected_ms: u64,
+    /// Requests that the cache works on.
+    pub in_flight: usize,
+    /// Requests so far.
+    pub requests: u64,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Conn {
+    pub id: u64,
+    pub peer: Peer,
+    /// `None` after the guest hung up: its process may live on and have pages mapped.
+    pub channel: Option<Channel>,
+    pub outbox: Outbox,
+    /// What the poller waits for.
+    pub interest: Interest,
+    pub since_ms: u64,
+    pub hello: Option<Hello>,
+    pub session: Option<Box<Session>>,
+    /// Messages that made no sense.
+    pub strikes: u32,
+    /// A message could not be sent.
+    pub unsent: Option<Unsent>,
+}
+
+impl Conn {
+    pub(super) fn new(id: u64, channel: Channel, peer: Peer, now_ms: u64) -> Self {
+        Self {
+            id,
+            peer,
+            channel: Some(channel),
+            outbox: Outbox::default(),
+            interest: Interest::READ,
+            since_ms: now_ms,
+            hello: None,
+            session: None,
+            strikes: 0,
+            unsent: None,
+        }
+    }
+
+    /// Sends, or keeps, one message; what goes wrong is seen to by the loop.
+    pub(super) fn send(&mut self, message: &[u8], fd: Option<OwnedFd>) {
+        let Some(channel) = &self.channel else { return };
+        if let Err(unsent) = self.outbox.send(channel, message, fd) {
+            self.unsent = self.unsent.or(Some(unsent));
+        }
+    }
+
+    /// Sends what waits.
+    pub(super) fn flush(&mut self) {
+        let Some(channel) = &self.channel else { return };
+        if let Err(unsent) = self.outbox.flush(channel) {
+            self.unsent = self.unsent.or(Some(unsent));
+        }
+    }
+
+    /// May it ask for more?
+    pub(super) fn may_read(&self) -> bool {
+        let in_flight = self.session.as_ref().map_or(0, |s| s.in_flight);
+        in_flight < IN_FLIGHT_MAX && !self.outbox.is_paused() && self.unsent.is_none()
+    }
+
+    /// What the poller should wait for.
+    pub(super) fn wanted(&self) -> Interest {
+        Interest {
+            read: self.may_read(),
+            write: !self.outbox.is_empty(),
+        }
+    }
+}

@@ -1,0 +1,267 @@
+//! Starting and stopping.
+
+use super::admin::{AdminServer, bind_admin};
+use super::admin_run::Runner;
+use super::clock::now_ms;
+use super::core::Core;
+use super::ctx::Ctx;
+use super::exports::{Exports, offer};
+use super::identity::Guests;
+use super::limits::{GUEST_SESSIONS_MAX, SESSIONS_MAX};
+use super::ready;
+use super::run_dir::{RunDir, RunDirError};
+use super::wake::Wake;
+use crate::config::{Config, mib_to_pages};
+use copage_cache::{Cache, CacheConfig, CacheError, EventSink};
+use copage_coherence::limits::RECALLS_MAX;
+use copage_coherence::session::{SessionConfig, Sessions};
+use copage_grants::channel::{ChannelError, Listener};
+use copage_grants::local::{LocalBackend, LocalConfig};
+use copage_grants::sys::{self, SignalFd};
+use copage_grants::{Backend, Epoch, GrantError};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+/// Guests of any uid may connect; who they are is decided then.
+const GUEST_SOCKET_MODE: u32 = 0o666;
+
+/// Why a daemon does not start, or stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The run directory cannot be had.
+    #[error(transparent)]
+    RunDir(#[from] RunDirError),
+    /// The machine cannot do what the backend needs.
+    #[error("the local backend: {0}")]
+    Backend(#[from] GrantError),
+    /// The cache refused its settings or an export.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
+    /// The guests' socket cannot be made.
+    #[error("{}: {source}", path.display())]
+    Socket {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: ChannelError,
+    },
+    /// A system call failed.
+    #[error("{what}: {source}")]
+    Sys {
+        /// What was tried.
+        what: &'static str,
+        /// Its error.
+        #[source]
+        source: io::Error,
+    },
+    /// The daemon's thread ended by a fault of its own.
+    #[error("the daemon's thread panicked")]
+    Panicked,
+}
+
+fn sys(what: &'static str) -> impl Fn(io::Error) -> ServeError {
+    move |source| ServeError::Sys { what, source }
+}
+
+/// What only a process that is the daemon, and nothing else, is told.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RunOptions {
+    /// A descriptor to write `READY` to.
+    pub ready_fd: Option<u32>,
+}
+
+/// The daemon.
+#[derive(Debug)]
+pub struct Daemon;
+
+impl Daemon {
+    /// Is the daemon until SIGTERM, SIGINT or the administrator says stop. To be called on the main
+    /// thread before any other is started: signals are blocked from here on, the process is made
+    /// undumpable, and its limit of open files is raised.
+    ///
+    /// # Errors
+    /// When something it needs cannot be had; nothing is left behind then.
+    pub fn run(config: &Config, options: RunOptions) -> Result<(), ServeError> {
+        let signals = [
+            libc::SIGTERM,
+            libc::SIGINT,
+            libc::SIGIO,
+            sys::lease_signal(),
+        ];
+        let signals = SignalFd::new(&signals).map_err(sys("signalfd"))?;
+        sys::make_undumpable().map_err(sys("prctl(PR_SET_DUMPABLE)"))?;
+        let mut prepared = prepare(config, Some(signals))?;
+        if let Some(fd) = options.ready_fd {
+            ready::write_ready(fd).map_err(sys("--ready-fd"))?;
+        }
+        ready::notify("READY=1\nSTATUS=serving guests");
+        let ran = prepared.core.run();
+        ready::notify("STOPPING=1");
+        prepared.finish();
+        ran.map_err(sys("the daemon's loop"))
+    }
+
+    /// Starts a daemon on a thread of this process; when this returns, guests can connect.
+    ///
+    /// Kernel leases on host files need a signal that the whole process blocks, so they are not
+    /// taken here: every file is host-bounded. The process stays dumpable.
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub fn start(config: &Config) -> Result<DaemonHandle, ServeError> {
+        let mut prepared = prepare(config, None)?;
+        let wake = prepared.core.wake.clone();
+        let thread = std::thread::Builder::new()
+            .name("copage-daemon".into())
+            .spawn(move || {
+                let ran = prepared.core.run();
+                prepared.finish();
+                ran.map_err(sys("the daemon's loop"))
+            })
+            .map_err(sys("the daemon's thread"))?;
+        Ok(DaemonHandle {
+            run_dir: config.run_dir.clone(),
+            wake,
+            thread: Some(thread),
+        })
+    }
+}
+
+/// A daemon on a thread of this process. Dropping it stops the daemon and waits for it.
+#[derive(Debug)]
+pub struct DaemonHandle {
+    run_dir: PathBuf,
+    wake: Arc<Wake>,
+    thread: Option<JoinHandle<Result<(), ServeError>>>,
+}
+
+impl DaemonHandle {
+    /// Where its sockets are.
+    pub fn run_dir(&self) -> &Path {
+        &self.run_dir
+    }
+
+    /// The socket that guests connect to.
+    pub fn guest_socket(&self) -> PathBuf {
+        self.run_dir.join(super::GUEST_SOCKET)
+    }
+
+    /// The socket that the administrator connects to.
+    pub fn admin_socket(&self) -> PathBuf {
+        self.run_dir.join(super::ADMIN_SOCKET)
+    }
+
+    /// Stops it: says Goodbye to all, removes the sockets, and waits until that is done.
+    ///
+    /// # Errors
+    /// When it had ended by a fault before.
+    pub fn stop(mut self) -> Result<(), ServeError> {
+        self.end()
+    }
+
+    fn end(&mut self) -> Result<(), ServeError> {
+        self.wake.stop();
+        match self.thread.take() {
+            Some(thread) => thread.join().map_err(|_| ServeError::Panicked)?,
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for DaemonHandle {
+    fn drop(&mut self) {
+        if let Err(error) = self.end() {
+            tracing::error!(%error, "the daemon had failed");
+        }
+    }
+}
+
+/// All that the loop needs. Fields are dropped in order: sockets before the directory's lock.
+struct Prepared {
+    core: Core,
+    cache: Arc<Cache>,
+    _run_dir: RunDir,
+}
+
+impl Prepared {
+    fn finish(self) {
+        self.cache.shutdown();
+    }
+}
+
+fn prepare(config: &Config, signals: Option<SignalFd>) -> Result<Prepared, ServeError> {
+    sys::raise_open_files().map_err(sys("RLIMIT_NOFILE"))?;
+    let run_dir = RunDir::claim(&config.run_dir)?;
+    let wake = Arc::new(Wake::new().map_err(sys("eventfd"))?);
+    let local = LocalConfig {
+        force: config.force,
+        ..LocalConfig::default()
+    };
+    let backend: Arc<dyn Backend> = Arc::new(LocalBackend::new(local)?);
+
+    let (sender, events) = crossbeam_channel::unbounded();
+    let waker = wake.clone();
+    let sink = EventSink::new(sender, Arc::new(move || waker.wake()));
+    let cache_config = CacheConfig {
+        frames_max: config.frames_max(),
+        fill_threads: config.fill_threads as usize,
+        readahead_pages_max: config.readahead_kib / 4,
+        pin_file_pages_max: mib_to_pages(config.pin_file_mib),
+        host_settle_ms: config.host_settle_ms,
+        recall_deadline_ms: config.invalidate_deadline_ms,
+        epoch: run_dir.epoch,
+        collapse: config.huge,
+        lease_signal: signals.is_some().then(sys::lease_signal),
+    };
+    let cache = Cache::new(backend.clone(), cache_config, sink)?;
+    let mut exports = Exports::default();
+    for export in &config.exports {
+        let entry = export.into();
+        exports.insert(offer(&cache, &entry)?, entry);
+    }
+
+    let machine = Sessions::new(
+        SessionConfig {
+            lease_ttl_ms: config.lease_ttl_ms,
+            invalidate_deadline_ms: config.invalidate_deadline_ms,
+            sessions_max: SESSIONS_MAX,
+            guest_sessions_max: GUEST_SESSIONS_MAX,
+            recalls_max: RECALLS_MAX,
+        },
+        Epoch((u64::from(run_dir.epoch) << 32) + 1),
+    );
+    let own_uid = rustix::process::geteuid().as_raw();
+    let guests = Guests::new(own_uid, config.limits, &config.guests);
+    let mut ctx = Ctx::new(cache.clone(), backend.clone(), machine, guests, exports);
+    ctx.now_ms = now_ms();
+    let numbers: Vec<u32> = ctx.guests.all().map(|(id, _)| id).collect();
+    for guest in numbers {
+        ctx.limit_guest(guest);
+    }
+    ctx.userfaultfd = userfaultfd_device();
+
+    let runner = Runner::start(cache.clone(), backend, wake.clone())
+        .map_err(sys("the thread for admin requests"))?;
+    let admin = bind_admin(&run_dir.admin_socket()).map_err(sys("the admin socket"))?;
+    let path = run_dir.guest_socket();
+    let listener = Listener::bind(&path, GUEST_SOCKET_MODE)
+        .map_err(|source| ServeError::Socket { path, source })?;
+    let admin = AdminServer::new(admin, runner);
+    let core = Core::new(ctx, admin, wake, events, listener, signals, run_dir.epoch)
+        .map_err(sys("epoll"))?;
+    Ok(Prepared {
+        core,
+        cache,
+        _run_dir: run_dir,
+    })
+}
+
+/// `/dev/userfaultfd`, for guests that may not make a full userfaultfd themselves.
+fn userfaultfd_device() -> Option<std::os::fd::OwnedFd> {
+    use rustix::fs::{Mode, OFlags};
+    let flags = OFlags::RDWR | OFlags::CLOEXEC;
+    rustix::fs::open("/dev/userfaultfd", flags, Mode::empty()).ok()
+}
