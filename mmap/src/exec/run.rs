@@ -14,7 +14,7 @@ use copage_coherence::msg::OpenHow;
 use copage_grants::sys::SignalFd;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{PidfdFlags, Signal, WaitId, WaitIdOptions};
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -102,6 +102,8 @@ pub struct Running {
     pidfd: OwnedFd,
     plan: Plan<Pinned>,
     frames: HashSet<FileId>,
+    /// Their paths in the export.
+    paths: HashMap<FileId, Vec<u8>>,
     /// The links by which the loader finds what it loads; removed when dropped.
     _links: PrivateDir,
 }
@@ -158,7 +160,8 @@ impl Command {
                 Ok(())
             });
         }
-        let frames = frame_ids(&plan)?;
+        let paths = frame_paths(&plan)?;
+        let frames = paths.keys().copied().collect();
         let child =
             command.spawn().map_err(|source| ExecError::Sys { call: "starting it", source })?;
         let pid = i32::try_from(child.id()).ok().and_then(rustix::process::Pid::from_raw);
@@ -166,7 +169,7 @@ impl Command {
             .ok_or(rustix::io::Errno::SRCH)
             .and_then(|pid| rustix::process::pidfd_open(pid, PidfdFlags::empty()))
             .map_err(|e| ExecError::Sys { call: "pidfd_open", source: e.into() })?;
-        Ok(Running { child, pidfd, plan, frames, _links: links })
+        Ok(Running { child, pidfd, plan, frames, paths, _links: links })
     }
 }
 
@@ -186,6 +189,11 @@ impl Running {
         &self.frames
     }
 
+    /// The path in the export of one of them.
+    pub fn path_of(&self, frame_file: FileId) -> Option<&[u8]> {
+        self.paths.get(&frame_file).map(Vec::as_slice)
+    }
+
     /// Where its text lies now.
     pub fn text(&self) -> io::Result<TextReport> {
         TextReport::of(self.pid(), &self.frames)
@@ -193,20 +201,19 @@ impl Running {
 
     /// Waits for the program to end. `signals` that come meanwhile are passed on (but for those of
     /// the terminal's keys, which the program gets itself); when it is stopped this process stops
-    /// too, and goes on with it. `tick` is called at least every `tick_every`, if given.
+    /// too, and goes on with it. `tick` is called before each wait and says how long it may last.
     ///
     /// `signals` should hold those of [`Running::SIGNALS`].
     pub fn wait(
         &mut self,
         signals: &SignalFd,
-        tick_every: Option<Duration>,
-        mut tick: impl FnMut(&Self),
+        mut tick: impl FnMut(&Self) -> Option<Duration>,
     ) -> io::Result<ExitStatus> {
-        let timeout = tick_every.map(|every| Timespec {
-            tv_sec: i64::try_from(every.as_secs()).unwrap_or(i64::MAX),
-            tv_nsec: every.subsec_nanos().into(),
-        });
         loop {
+            let timeout = tick(self).map(|wait| Timespec {
+                tv_sec: i64::try_from(wait.as_secs()).unwrap_or(i64::MAX),
+                tv_nsec: wait.subsec_nanos().into(),
+            });
             {
                 let mut fds = [
                     PollFd::new(&self.pidfd, PollFlags::IN),
@@ -233,9 +240,6 @@ impl Running {
                         Err(e) => return Err(e.into()),
                     }
                 }
-            }
-            if tick_every.is_some() {
-                tick(self);
             }
         }
     }
@@ -313,12 +317,12 @@ fn knows_argv0(loader: &Part<Pinned>) -> Result<bool, ExecError> {
     Ok(bytes[..got].windows(5).any(|w| w == b"argv0"))
 }
 
-fn frame_ids(plan: &Plan<Pinned>) -> Result<HashSet<FileId>, ExecError> {
+fn frame_paths(plan: &Plan<Pinned>) -> Result<HashMap<FileId, Vec<u8>>, ExecError> {
     let dynamic = plan.dynamic.iter();
     let libraries = dynamic.clone().flat_map(|d| d.libraries.iter().map(|l| &l.part));
     let parts = dynamic.map(|d| &d.loader).chain(libraries).chain([&plan.program]);
     parts
-        .map(|part| FileId::of(part.file.descriptor()))
+        .map(|part| Ok((FileId::of(part.file.descriptor())?, part.path.clone())))
         .collect::<io::Result<_>>()
         .map_err(|source| ExecError::Sys { call: "fstat of a frame file", source })
 }

@@ -134,6 +134,8 @@ fn field(line: &[u8], name: &[u8]) -> Option<u64> {
 /// Resident text of one file in one process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FileText {
+    /// Which.
+    pub id: FileId,
     /// The name the kernel shows.
     pub name: Vec<u8>,
     /// Resident executable pages that are the file's own, not copies.
@@ -178,6 +180,7 @@ impl TextReport {
             files
                 .entry(id)
                 .or_insert_with(|| FileText {
+                    id,
                     name: entry.name.clone(),
                     pages: 0,
                     on_frames,

@@ -43,6 +43,8 @@ pub(super) struct OpenFile {
     file: File,
     /// For passthrough; `None`: page-cache form.
     backing: Option<BackingId>,
+    /// Length of the content that is open, in bytes.
+    bytes: u64,
     /// The session it is of.
     session: u64,
     /// Page-cache form: the kernel has been told of a change already.
@@ -218,11 +220,10 @@ impl Core {
                 return;
             }
         };
-        let bytes = file.file.len();
         let grown = entry.attr.as_mut().is_some_and(|attr| {
             // The host changed the file after the kernel was told its length.
-            let differs = attr.bytes != bytes;
-            attr.bytes = bytes;
+            let differs = attr.bytes != file.bytes;
+            attr.bytes = file.bytes;
             differs
         });
         let keep = entry.open.keep_cache(&file);
@@ -339,8 +340,11 @@ impl Core {
                 Err(e) => Err(e),
             })?;
             if let Some((file, descriptor, session)) = pinned {
+                // Of the content that was pinned; the session may know of a newer one already.
+                let bytes = rustix::fs::fstat(&descriptor)
+                    .map_or_else(|_| file.len(), |stat| stat.st_size.unsigned_abs());
                 match reply.open_backing(descriptor.as_fd()) {
-                    Ok(backing) => return Ok(OpenFile::new(file, Some(backing), session)),
+                    Ok(backing) => return Ok(OpenFile::new(file, Some(backing), bytes, session)),
                     Err(error) => {
                         tracing::warn!(%error, "the kernel takes no backing file: page cache from now on");
                         self.passthrough.store(false, Ordering::Relaxed);
@@ -349,7 +353,9 @@ impl Core {
             }
         }
         self.ask(id, |live: &Live, node: &Node| {
-            Ok(OpenFile::new(node.open(OpenHow::Read)?, None, live.number))
+            let file = node.open(OpenHow::Read)?;
+            let bytes = file.len();
+            Ok(OpenFile::new(file, None, bytes, live.number))
         })
     }
 
@@ -410,8 +416,8 @@ impl Core {
 }
 
 impl OpenFile {
-    fn new(file: File, backing: Option<BackingId>, session: u64) -> Self {
-        Self { file, backing, session, told: AtomicBool::new(false) }
+    fn new(file: File, backing: Option<BackingId>, bytes: u64, session: u64) -> Self {
+        Self { file, backing, bytes, session, told: AtomicBool::new(false) }
     }
 }
 
