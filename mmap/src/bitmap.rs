@@ -6,7 +6,7 @@ const CHUNK_PAGES: usize = 32_768;
 const WORDS: usize = CHUNK_PAGES / 64;
 
 /// See the module.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Bitmap {
     pages: usize,
     count: u64,
@@ -43,15 +43,6 @@ impl Bitmap {
         let words = self.chunks[chunk].get_or_insert_with(|| Box::new([0; WORDS]));
         words[page % CHUNK_PAGES / 64] |= 1 << (page % 64);
         self.count += 1;
-    }
-
-    pub(crate) fn clear(&mut self, page: usize) {
-        if self.get(page)
-            && let Some(Some(words)) = self.chunks.get_mut(page / CHUNK_PAGES)
-        {
-            words[page % CHUNK_PAGES / 64] &= !(1 << (page % 64));
-            self.count -= 1;
-        }
     }
 
     /// The first page at or behind `page`, below `end`, that is in the set (or not), else `end`.
@@ -115,10 +106,6 @@ mod tests {
         }
         assert_eq!(map.clear_runs(0, usize::MAX), model);
         assert_eq!(map.clear_runs(1, 64), [(2, 61)]);
-        map.clear(63);
-        map.clear(63);
-        assert_eq!(map.count(), 6);
-        assert_eq!(map.clear_runs(1, 65), [(2, 62)]);
         assert!(map.clear_runs(0, 2).is_empty());
     }
 }

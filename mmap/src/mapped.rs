@@ -32,6 +32,9 @@ struct Ops {
     refused_pages: BTreeSet<usize>,
     /// Pages that were stored to (or are just being stored to).
     private: Bitmap,
+    /// Those of them that a rebase passed over: a copy of its own should be there; what is mapped
+    /// below it is an older content, of which nothing comes any more.
+    behind: Bitmap,
     last_error: Option<PageError>,
 }
 
@@ -162,6 +165,7 @@ impl Mapped {
                 refused: false,
                 refused_pages: BTreeSet::new(),
                 private: Bitmap::new(bytes / PAGE_SIZE),
+                behind: Bitmap::new(bytes / PAGE_SIZE),
                 last_error: None,
             }),
             missed: AtomicBool::new(false),
@@ -225,7 +229,9 @@ impl Mapped {
     /// What to ask for at a fault on a page of the file whose length is `file_bytes`.
     pub(crate) fn window(&self, file_page: u64, file_bytes: u64) -> Window {
         let mapped_end = self.first_page + self.pages() as u64;
-        let end = mapped_end.min(file_bytes.div_ceil(PAGE_SIZE_U64)).max(file_page + 1);
+        let end = mapped_end
+            .min(file_bytes.div_ceil(PAGE_SIZE_U64))
+            .max(file_page + 1);
         self.windows.lock().choose(file_page, end)
     }
 
@@ -244,7 +250,9 @@ impl Mapped {
     /// A store to a page of the file: it is private from here on, and the store goes through when
     /// it is woken.
     pub(crate) fn store(&self, uffd: &Uffd, file_page: u64) -> Change {
-        let Some(mut ops) = self.try_ops() else { return Change::Missed };
+        let Some(mut ops) = self.try_ops() else {
+            return Change::Missed;
+        };
         let (Some(addr), Some(_)) = (self.address_of(file_page), &ops.region) else {
             return Change::Done;
         };
@@ -255,14 +263,16 @@ impl Mapped {
         Change::Done
     }
 
-    /// Is this page known as stored to? A missing one has lost its copy, or never got it.
-    pub(crate) fn try_is_private(&self, file_page: u64) -> Option<bool> {
+    /// Was this page passed over by a rebase? If it is missing nevertheless, the store for which it
+    /// was counted as private never came, and the daemon has nothing for it: see [`Self::restore`].
+    /// `None`: the mapping is being changed, and who does that wakes everybody.
+    pub(crate) fn try_is_behind(&self, file_page: u64) -> Option<bool> {
         if self.kind == MapKind::Shared {
             return Some(false);
         }
         let ops = self.try_ops()?;
-        let page = usize::try_from(file_page.checked_sub(self.first_page)?).ok()?;
-        Some(ops.private.get(page))
+        let addr = self.address_of(file_page)?;
+        Some(ops.behind.get((addr - self.addr) / PAGE_SIZE))
     }
 
     /// Makes one page SIGBUS.
@@ -273,13 +283,18 @@ impl Mapped {
         file_page: u64,
         error: MmapError,
     ) -> Change {
-        let Some(mut ops) = self.try_ops() else { return Change::Missed };
+        let Some(mut ops) = self.try_ops() else {
+            return Change::Missed;
+        };
         let ops = &mut *ops;
         let (Some(addr), Some(region)) = (self.address_of(file_page), &ops.region) else {
             return Change::Done;
         };
         let at = addr - self.addr;
-        ops.last_error = Some(PageError { offset: Some(at), error });
+        ops.last_error = Some(PageError {
+            offset: Some(at),
+            error,
+        });
         if ops.refused {
             return Change::Done;
         }
@@ -355,7 +370,9 @@ impl Mapped {
     pub(crate) fn discard(&self, shared: &Shared, first: usize, end: usize) -> io::Result<()> {
         let mut lock = self.lock(shared);
         let Some(ops) = lock.ops() else { return Ok(()) };
-        let Some(region) = &ops.region else { return Ok(()) };
+        let Some(region) = &ops.region else {
+            return Ok(());
+        };
         for (run, count) in ops.private.clear_runs(first, end) {
             region.discard(span(run), span(count))?;
         }
@@ -369,7 +386,10 @@ impl Mapped {
             .saturating_add(count.into())
             .min(self.first_page + self.pages() as u64);
         (from < until).then(|| {
-            ((from - self.first_page) as usize, (until - self.first_page) as usize)
+            (
+                (from - self.first_page) as usize,
+                (until - self.first_page) as usize,
+            )
         })
     }
 
@@ -390,29 +410,69 @@ impl Mapped {
         Ok(())
     }
 
-    /// A page that is known as stored to is missing: it has no copy (the store never came, or its
-    /// frame was taken back first). Puts a fresh page there.
-    pub(crate) fn forget_private(&self, shared: &Shared, file_page: u64) {
+    /// A page that a rebase passed over is missing: gives it a copy of its own, of the newest
+    /// content, or makes it SIGBUS when that could not be read. Only if nothing is there, which the
+    /// kernel sees in the same step: a store may have come meanwhile, and must not be lost.
+    pub(crate) fn restore(
+        &self,
+        shared: &Shared,
+        file_page: u64,
+        bytes: Result<Box<[u8; PAGE_SIZE]>>,
+    ) {
+        let (Ok(uffd), Some(addr)) = (&shared.uffd, self.address_of(file_page)) else {
+            return;
+        };
+        let page = (addr - self.addr) / PAGE_SIZE;
         let mut lock = self.lock(shared);
         if let Some(ops) = lock.ops()
-            && let Some(addr) = self.address_of(file_page)
+            && ops.region.is_some()
+            && !ops.refused
+            && ops.behind.get(page)
         {
-            let page = (addr - self.addr) / PAGE_SIZE;
-            ops.private.clear(page);
-            if let Err(error) = self.renew(shared, ops, page) {
-                ops.last_error = Some(PageError { offset: Some(span(page)), error });
+            let put = bytes.and_then(|bytes| {
+                uffd.copy_patiently(addr, &bytes)
+                    .or_else(|e| match e.raw_os_error() {
+                        Some(libc::EEXIST) => Ok(()),
+                        _ => Err(MmapError::sys("UFFDIO_COPY", &e)),
+                    })
+            });
+            if let Err(error) = put {
+                ops.last_error = Some(PageError {
+                    offset: Some(span(page)),
+                    error,
+                });
+                // The mark, if there is one, would keep the poison off; a store is known already.
+                let _ = uffd.unprotect_patiently(addr, PAGE_SIZE);
+                let poisoned = uffd.can_poison().then(|| uffd.poison(addr, PAGE_SIZE));
+                match (poisoned, &ops.region) {
+                    (Some(Ok(())), _) => {
+                        ops.refused_pages.insert(page);
+                    }
+                    // There by now, or just moving: the access tries again and sees.
+                    (Some(Err(_)), _) | (None, None) => {}
+                    (None, Some(region)) => {
+                        let (protection, _) = protection(self.kind);
+                        match region.refuse(span(page), PAGE_SIZE, protection, shared.empty.as_fd())
+                        {
+                            Ok(()) => {
+                                ops.refused_pages.insert(page);
+                            }
+                            Err(e) => refuse_all(ops, self.kind, shared.empty.as_fd(), &e),
+                        }
+                    }
+                }
             }
         }
         drop(lock);
-        if let (Ok(uffd), Some(addr)) = (&shared.uffd, self.address_of(file_page)) {
-            uffd.wake(addr, PAGE_SIZE);
-        }
+        uffd.wake(addr, PAGE_SIZE);
     }
 
     /// Puts a fresh page of the content that the mapping shows in place of one page.
     fn renew(&self, shared: &Shared, ops: &mut Ops, page: usize) -> Result<()> {
         let uffd = shared.uffd()?;
-        let Some(region) = &ops.region else { return Ok(()) };
+        let Some(region) = &ops.region else {
+            return Ok(());
+        };
         if ops.refused {
             return Ok(());
         }
@@ -441,8 +501,11 @@ impl Mapped {
         if ops.region.is_none() || ops.refused || self.generation() >= content.generation {
             return;
         }
-        let align =
-            if self.bytes >= crate::limits::HUGE_BYTES { crate::limits::HUGE_BYTES } else { PAGE_SIZE };
+        let align = if self.bytes >= crate::limits::HUGE_BYTES {
+            crate::limits::HUGE_BYTES
+        } else {
+            PAGE_SIZE
+        };
         let offset = self.first_page * PAGE_SIZE_U64;
         let scratch = match fresh(uffd, content, offset, self.bytes, self.kind, align) {
             Ok(scratch) => scratch,
@@ -467,9 +530,11 @@ impl Mapped {
                 return;
             }
         }
+        ops.behind = ops.private.clone();
         ops.refused_pages.clear();
         ops.last_error = None;
-        self.generation.store(content.generation.0, Ordering::Release);
+        self.generation
+            .store(content.generation.0, Ordering::Release);
     }
 
     /// Makes sure that pages which a failed move may have unmapped are still this mapping's.
@@ -506,8 +571,10 @@ impl Mapped {
                 tracing::error!(error = %e, "a mapping of a lost session could not be refused");
             }
             ops.refused = true;
-            ops.last_error =
-                Some(PageError { offset: None, error: shared.session.lost_error() });
+            ops.last_error = Some(PageError {
+                offset: None,
+                error: shared.session.lost_error(),
+            });
         }
         drop(lock);
         if let Ok(uffd) = &shared.uffd {
@@ -549,6 +616,8 @@ fn refuse_all(ops: &mut Ops, kind: MapKind, empty: BorrowedFd<'_>, error: &io::E
         tracing::error!(error = %e, "a mapping could not be refused");
     }
     ops.refused = true;
-    ops.last_error =
-        Some(PageError { offset: None, error: MmapError::sys("mapping fresh pages", error) });
+    ops.last_error = Some(PageError {
+        offset: None,
+        error: MmapError::sys("mapping fresh pages", error),
+    });
 }

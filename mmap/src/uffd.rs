@@ -3,6 +3,7 @@
 
 use crate::client::UserfaultPolicy;
 use crate::limits::AGAIN_TRIES_MAX;
+use copage_grants::PAGE_SIZE;
 use rustix::fd::{FromRawFd, OwnedFd};
 use rustix::fs::OFlags;
 use std::ffi::{c_int, c_ulong};
@@ -75,6 +76,17 @@ const WRITEPROTECT_WP: u64 = 1 << 0;
 /// `UFFDIO_WRITEPROTECT_MODE_DONTWAKE`.
 const WRITEPROTECT_DONTWAKE: u64 = 1 << 1;
 
+/// `struct uffdio_copy`.
+#[repr(C)]
+struct UffdioCopy {
+    dst: u64,
+    src: u64,
+    len: u64,
+    mode: u64,
+    copy: i64,
+}
+const _: () = assert!(size_of::<UffdioCopy>() == 40);
+
 /// `struct uffdio_poison` (Linux 6.6).
 #[repr(C)]
 struct UffdioPoison {
@@ -119,7 +131,7 @@ impl UffdMsg {
     /// The fault, if it is one; the rest (REMAP) needs only to be read.
     pub(crate) fn fault(&self) -> Option<FaultEvent> {
         (self.event == EVENT_PAGEFAULT).then_some(FaultEvent {
-            address: self.address as usize & !(copage_grants::PAGE_SIZE - 1),
+            address: self.address as usize & !(PAGE_SIZE - 1),
             write: self.flags & PAGEFAULT_WRITE != 0,
             protected: self.flags & PAGEFAULT_WP != 0,
         })
@@ -140,12 +152,15 @@ const UFFDIO_REGISTER: u64 = ioc(IOC_READ_WRITE, 0xAA, 0x00, size_of::<UffdioReg
 const UFFDIO_WAKE: u64 = ioc(IOC_READ, 0xAA, 0x02, size_of::<UffdioRange>());
 /// `#define UFFDIO_WRITEPROTECT _IOWR(UFFDIO, _UFFDIO_WRITEPROTECT, struct uffdio_writeprotect)`
 const UFFDIO_WRITEPROTECT: u64 = ioc(IOC_READ_WRITE, 0xAA, 0x06, size_of::<UffdioWriteprotect>());
+/// `#define UFFDIO_COPY _IOWR(UFFDIO, _UFFDIO_COPY, struct uffdio_copy)`
+const UFFDIO_COPY: u64 = ioc(IOC_READ_WRITE, 0xAA, 0x03, size_of::<UffdioCopy>());
 /// `#define UFFDIO_POISON _IOWR(UFFDIO, _UFFDIO_POISON, struct uffdio_poison)`
 const UFFDIO_POISON: u64 = ioc(IOC_READ_WRITE, 0xAA, 0x08, size_of::<UffdioPoison>());
 /// `#define USERFAULTFD_IOC_NEW _IO(USERFAULTFD_IOC, 0x00)`
 const USERFAULTFD_IOC_NEW: u64 = ioc(0, 0xAA, 0x00, 0);
 const _: () = assert!(UFFDIO_API == 0xC018_AA3F && UFFDIO_REGISTER == 0xC020_AA00);
 const _: () = assert!(UFFDIO_WAKE == 0x8010_AA02 && UFFDIO_WRITEPROTECT == 0xC018_AA06);
+const _: () = assert!(UFFDIO_COPY == 0xC028_AA03);
 const _: () = assert!(UFFDIO_POISON == 0xC020_AA08 && USERFAULTFD_IOC_NEW == 0xAA00);
 
 /// Which faults arrive.
@@ -359,6 +374,31 @@ impl Uffd {
         let mut argument = UffdioPoison { range: range(addr, bytes), mode: 0, updated: 0 };
         // SAFETY: UFFDIO_POISON takes `struct uffdio_poison`.
         unsafe { ioctl(self.fd.as_fd(), UFFDIO_POISON, &mut argument) }
+    }
+
+    /// Puts a page of one's own at `addr`, of a private mapping, if nothing is mapped there, in one
+    /// step; EEXIST where something is. Wakes who waits there. Waits while mappings are just
+    /// moving: never from the pager.
+    pub(crate) fn copy_patiently(&self, addr: usize, page: &[u8; PAGE_SIZE]) -> io::Result<()> {
+        let mut tries = 0;
+        loop {
+            let mut argument = UffdioCopy {
+                dst: addr as u64,
+                src: page.as_ptr().expose_provenance() as u64,
+                len: PAGE_SIZE as u64,
+                mode: 0,
+                copy: 0,
+            };
+            // SAFETY: UFFDIO_COPY takes `struct uffdio_copy`; `src` is a page that lives.
+            let result = unsafe { ioctl(self.fd.as_fd(), UFFDIO_COPY, &mut argument) };
+            match result {
+                Err(e) if e.raw_os_error() == Some(libc::EAGAIN) && tries < AGAIN_TRIES_MAX => {
+                    tries += 1;
+                    std::thread::yield_now();
+                }
+                result => return result,
+            }
+        }
     }
 
     /// Reads what is there, without waiting; how many.

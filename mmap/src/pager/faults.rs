@@ -35,7 +35,8 @@ pub(crate) struct InFlight {
 
 impl InFlight {
     fn is_of(&self, waiter: &Waiter) -> bool {
-        self.generation == waiter.mapped.generation() && Arc::ptr_eq(&self.file, waiter.mapped.file())
+        self.generation == waiter.mapped.generation()
+            && Arc::ptr_eq(&self.file, waiter.mapped.file())
     }
 
     fn end(&self) -> u64 {
@@ -47,11 +48,13 @@ impl InFlight {
 #[derive(Default)]
 pub(crate) struct Faults {
     by_number: HashMap<u64, InFlight>,
+    /// Reads for private pages that are missing: where the bytes go.
+    restores: HashMap<u64, (Arc<Mapped>, u64)>,
 }
 
 impl Faults {
     pub(crate) fn len(&self) -> usize {
-        self.by_number.len()
+        self.by_number.len() + self.restores.len()
     }
 
     /// Lets `waiter` wait for a request that is under way. `false`: none brings its page.
@@ -84,7 +87,23 @@ impl Faults {
         self.by_number.remove(&number)
     }
 
+    /// A page is being read for a private mapping.
+    pub(crate) fn is_restoring(&self, mapped: &Arc<Mapped>, page: u64) -> bool {
+        self.restores
+            .values()
+            .any(|(m, p)| *p == page && Arc::ptr_eq(m, mapped))
+    }
+
+    pub(crate) fn insert_restore(&mut self, number: u64, mapped: Arc<Mapped>, page: u64) {
+        self.restores.insert(number, (mapped, page));
+    }
+
+    pub(crate) fn remove_restore(&mut self, number: u64) -> Option<(Arc<Mapped>, u64)> {
+        self.restores.remove(&number)
+    }
+
     pub(crate) fn clear(&mut self) {
         self.by_number.clear();
+        self.restores.clear();
     }
 }

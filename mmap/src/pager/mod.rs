@@ -10,7 +10,7 @@ pub(crate) mod worker;
 use crate::error::{LostWhy, MmapError};
 use crate::file::Content;
 use crate::limits::{EVENTS_MAX, IN_FLIGHT_MAX, MESSAGES_BURST_MAX};
-use crate::mapped::Change;
+use crate::mapped::{Change, Mapped};
 use crate::mapping::MapKind;
 use crate::quiet::Quiet;
 use crate::session::{Answer, Shared};
@@ -20,7 +20,7 @@ use copage_coherence::msg::{
     decode_header,
 };
 use copage_grants::channel::ChannelError;
-use copage_grants::{PageIndex, Version};
+use copage_grants::{PAGE_SIZE, PAGE_SIZE_U64, PageIndex, Version};
 use faults::{Faults, InFlight, Waiter};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::time::{ClockId, clock_gettime};
@@ -98,21 +98,32 @@ impl Pager {
     fn turn(&mut self) {
         let shared = Arc::clone(&self.shared);
         let session = &shared.session;
-        let out = if session.has_outbound() { PollFlags::OUT } else { PollFlags::empty() };
+        let out = if session.has_outbound() {
+            PollFlags::OUT
+        } else {
+            PollFlags::empty()
+        };
         let mut fds = Vec::with_capacity(3);
         fds.push(PollFd::new(&session.wake, PollFlags::IN));
         if !self.ending {
             fds.push(PollFd::new(&session.channel, PollFlags::IN | out));
         }
         // With too many requests under way the faults wait in the kernel.
-        let uffd = shared.uffd.as_ref().ok().filter(|_| self.faults.len() < IN_FLIGHT_MAX);
+        let uffd = shared
+            .uffd
+            .as_ref()
+            .ok()
+            .filter(|_| self.faults.len() < IN_FLIGHT_MAX);
         if let Some(uffd) = uffd {
             fds.push(PollFd::new(uffd, PollFlags::IN));
         }
         let timeout = self.timeout();
         match poll(&mut fds, timeout.as_ref()) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(e) => self.lose(LostWhy::Sys { call: "poll", errno: e.raw_os_error() }),
+            Err(e) => self.lose(LostWhy::Sys {
+                call: "poll",
+                errno: e.raw_os_error(),
+            }),
         }
         let ready = |i: usize| fds.get(i).is_some_and(|fd| !fd.revents().is_empty());
         let (woken, spoken) = (ready(0), !self.ending && ready(1));
@@ -152,7 +163,10 @@ impl Pager {
         };
         // One more, so that it is past when the wait ends.
         let ms = due.saturating_sub(now_ms()) + 1;
-        Some(Timespec { tv_sec: (ms / 1000) as i64, tv_nsec: (ms % 1000 * 1_000_000) as i64 })
+        Some(Timespec {
+            tv_sec: (ms / 1000) as i64,
+            tv_nsec: (ms % 1000 * 1_000_000) as i64,
+        })
     }
 
     /// Renews the lease when it is time; ends the session when the lease is over. What the daemon
@@ -221,14 +235,14 @@ impl Pager {
         let found = shared.space.lock().find(fault.address).cloned();
         let Some(mapped) = found else {
             // Just being unmapped. It is for the kernel to say what the access gets.
-            uffd.wake(fault.address, copage_grants::PAGE_SIZE);
+            uffd.wake(fault.address, PAGE_SIZE);
             return;
         };
         if mapped.file().rebases.load(Ordering::SeqCst) > 0 {
             // The worker wakes it when the rebase is done.
             return;
         }
-        let within = (fault.address - mapped.addr()) / copage_grants::PAGE_SIZE;
+        let within = (fault.address - mapped.addr()) / PAGE_SIZE;
         let page = mapped.first_page() + within as u64;
         if fault.protected {
             if mapped.store(uffd, page) == Change::Done {
@@ -236,17 +250,56 @@ impl Pager {
             }
             return;
         }
-        match mapped.try_is_private(page) {
+        match mapped.try_is_behind(page) {
             Some(false) => {}
             Some(true) => {
-                let _ = shared.jobs.send(Job::ForgetPrivate { mapped, file_page: page });
+                self.restore(mapped, page);
                 return;
             }
             // Whoever changes the mapping just now wakes it.
             None => return,
         }
         let write = fault.write && mapped.kind() == MapKind::Private;
-        self.want(Waiter { mapped, page, write });
+        self.want(Waiter {
+            mapped,
+            page,
+            write,
+        });
+    }
+
+    /// Asks for the bytes of a private page that is missing; the worker puts them there.
+    fn restore(&mut self, mapped: Arc<Mapped>, page: u64) {
+        if self.faults.is_restoring(&mapped, page) {
+            return;
+        }
+        let number = self.shared.session.number();
+        let request = Request::Read {
+            file: mapped.file().token,
+            offset: page * PAGE_SIZE_U64,
+            len: PAGE_SIZE as u32,
+        };
+        self.send(number, &request);
+        self.faults.insert_restore(number, mapped, page);
+    }
+
+    fn restored(&mut self, mapped: Arc<Mapped>, file_page: u64, answer: &Answer) {
+        let bytes = match answer.reply() {
+            Ok(Reply::Bytes { data: [] }) => Err(MmapError::Invalid(
+                "the page is past the end of the file".into(),
+            )),
+            Ok(Reply::Bytes { data }) if data.len() <= PAGE_SIZE => {
+                let mut page = Box::new([0; PAGE_SIZE]);
+                page[..data.len()].copy_from_slice(data);
+                Ok(page)
+            }
+            Ok(other) => Err(crate::client::unexpected("one page of Bytes", &other)),
+            Err(e) => Err(e),
+        };
+        let _ = self.shared.jobs.send(Job::Restore {
+            mapped,
+            file_page,
+            bytes,
+        });
     }
 
     /// Asks for a page, unless it is on its way.
@@ -265,17 +318,41 @@ impl Pager {
         let generation = waiter.mapped.generation();
         let first = waiter.page;
         let number = self.shared.session.number();
-        let range = PageRange { first: PageIndex(first), count };
-        self.send(number, &Request::Fault { file: file.token, generation, range, hint });
+        let range = PageRange {
+            first: PageIndex(first),
+            count,
+        };
+        self.send(
+            number,
+            &Request::Fault {
+                file: file.token,
+                generation,
+                range,
+                hint,
+            },
+        );
         let waiters = vec![waiter];
-        self.faults.insert(number, InFlight { file, generation, first, count, waiters });
+        self.faults.insert(
+            number,
+            InFlight {
+                file,
+                generation,
+                first,
+                count,
+                waiters,
+            },
+        );
     }
 
     fn answered(&mut self, flight: InFlight, bytes: Vec<u8>, fd: Option<OwnedFd>) {
         let answer = Answer::new(bytes, fd);
         match answer.reply() {
             Ok(Reply::Granted { range, .. }) => self.granted(flight, range),
-            Ok(Reply::Stale { generation, version, bytes }) => {
+            Ok(Reply::Stale {
+                generation,
+                version,
+                bytes,
+            }) => {
                 if generation <= flight.generation {
                     let text = "stale, but there is no newer content".into();
                     self.refused(flight, &MmapError::Protocol(text));
@@ -303,15 +380,20 @@ impl Pager {
             self.refused(flight, &MmapError::Protocol(text));
             return;
         }
-        let (here, rest): (Vec<_>, Vec<_>) =
-            flight.waiters.into_iter().partition(|w| granted.contains(&w.page));
+        let (here, rest): (Vec<_>, Vec<_>) = flight
+            .waiters
+            .into_iter()
+            .partition(|w| granted.contains(&w.page));
         for waiter in here.iter().filter(|w| w.write) {
             // Missed or not: it is woken below, and faults again if need be.
             let _ = waiter.mapped.store(uffd, waiter.page);
         }
         for (i, waiter) in here.iter().enumerate() {
             // One wake for each mapping.
-            if !here[..i].iter().any(|w| Arc::ptr_eq(&w.mapped, &waiter.mapped)) {
+            if !here[..i]
+                .iter()
+                .any(|w| Arc::ptr_eq(&w.mapped, &waiter.mapped))
+            {
                 waiter.mapped.wake(uffd, first, range.count);
             }
         }
@@ -333,7 +415,9 @@ impl Pager {
                 continue;
             }
             let empty = shared.empty.as_fd();
-            let change = waiter.mapped.refuse_page(uffd, empty, waiter.page, error.clone());
+            let change = waiter
+                .mapped
+                .refuse_page(uffd, empty, waiter.page, error.clone());
             if change == Change::Done {
                 waiter.mapped.wake(uffd, waiter.page, 1);
             }
@@ -349,12 +433,23 @@ impl Pager {
         recall: Option<u64>,
     ) {
         let Some(fd) = fd else {
-            self.lose(LostWhy::Protocol("a newer content came without its descriptor".into()));
+            self.lose(LostWhy::Protocol(
+                "a newer content came without its descriptor".into(),
+            ));
             return;
         };
-        let content = Content { generation, version, bytes, home: Some(Arc::new(fd)) };
+        let content = Content {
+            generation,
+            version,
+            bytes,
+            home: Some(Arc::new(fd)),
+        };
         file.rebases.fetch_add(1, Ordering::SeqCst);
-        let _ = self.shared.jobs.send(Job::Rebase { file, content, recall });
+        let _ = self.shared.jobs.send(Job::Rebase {
+            file,
+            content,
+            recall,
+        });
     }
 
     // ---- messages ----
@@ -396,12 +491,20 @@ impl Pager {
         }
         match frame.kind {
             FrameKind::Reply => {
-                if self.lease.asked.is_some_and(|(number, _)| number == frame.request) {
+                if self
+                    .lease
+                    .asked
+                    .is_some_and(|(number, _)| number == frame.request)
+                {
                     self.renewed(&Answer::new(bytes.to_vec(), None));
                 } else if let Some(flight) = self.faults.remove(frame.request) {
                     self.answered(flight, bytes.to_vec(), fd);
+                } else if let Some((mapped, page)) = self.faults.remove_restore(frame.request) {
+                    self.restored(mapped, page, &Answer::new(bytes.to_vec(), None));
                 } else {
-                    self.shared.session.answer(frame.request, Answer::new(bytes.to_vec(), fd));
+                    self.shared
+                        .session
+                        .answer(frame.request, Answer::new(bytes.to_vec(), fd));
                 }
             }
             FrameKind::Notice => match Notice::decode(&frame) {
@@ -415,7 +518,9 @@ impl Pager {
     }
 
     fn renewed(&mut self, answer: &Answer) {
-        let Some((_, sent_ms)) = self.lease.asked.take() else { return };
+        let Some((_, sent_ms)) = self.lease.asked.take() else {
+            return;
+        };
         match answer.reply() {
             Ok(Reply::Renewed { lease_ttl_ms }) => {
                 // From when it was sent: the daemon counts from when it came, which is later.
@@ -433,24 +538,40 @@ impl Pager {
 
     fn notice(&mut self, notice: Notice, fd: Option<OwnedFd>) {
         match notice {
-            Notice::Invalidate { recall, file, generation, range, .. } => {
+            Notice::Invalidate {
+                recall,
+                file,
+                generation,
+                range,
+                ..
+            } => {
                 match self.shared.file(file) {
                     Some(file) => {
-                        let job = Job::Invalidate { file, generation, range, recall };
+                        let job = Job::Invalidate {
+                            file,
+                            generation,
+                            range,
+                            recall,
+                        };
                         let _ = self.shared.jobs.send(job);
                     }
                     // Closed meanwhile: nothing is mapped.
                     None => self.shared.session.post(&Request::Ack { recall }),
                 }
             }
-            Notice::Rebase { recall, file, generation, version, bytes, .. } => {
-                match self.shared.file(file) {
-                    Some(file) => {
-                        self.newer(file, (generation, version, bytes), fd, Some(recall));
-                    }
-                    None => self.shared.session.post(&Request::Ack { recall }),
+            Notice::Rebase {
+                recall,
+                file,
+                generation,
+                version,
+                bytes,
+                ..
+            } => match self.shared.file(file) {
+                Some(file) => {
+                    self.newer(file, (generation, version, bytes), fd, Some(recall));
                 }
-            }
+                None => self.shared.session.post(&Request::Ack { recall }),
+            },
             Notice::Fenced { reason } => self.lose(LostWhy::Fenced(reason)),
             Notice::Goodbye => self.lose(LostWhy::Stopped),
         }

@@ -23,7 +23,11 @@ impl Space {
 
     pub(crate) fn remove(&mut self, mapped: &Arc<Mapped>) {
         // The address may be another mapping's by now, if this one never entered.
-        if self.by_addr.get(&mapped.addr()).is_some_and(|there| Arc::ptr_eq(there, mapped)) {
+        if self
+            .by_addr
+            .get(&mapped.addr())
+            .is_some_and(|there| Arc::ptr_eq(there, mapped))
+        {
             self.by_addr.remove(&mapped.addr());
         }
     }
@@ -36,7 +40,11 @@ impl Space {
 
     /// The mappings of one open file.
     pub(crate) fn of_file(&self, file: &Arc<FileInner>) -> Vec<Arc<Mapped>> {
-        self.by_addr.values().filter(|m| Arc::ptr_eq(m.file(), file)).cloned().collect()
+        self.by_addr
+            .values()
+            .filter(|m| Arc::ptr_eq(m.file(), file))
+            .cloned()
+            .collect()
     }
 
     /// Takes them all out; nothing enters from here on.

@@ -1,13 +1,14 @@
 //! What the pager must not do itself, because moving pages waits for the pager: a thread that does
 //! nothing until a file changes, pages are taken back, or the session is lost.
 
-use crate::error::LostWhy;
+use crate::error::{LostWhy, Result};
 use crate::file::{Content, FileInner};
 use crate::mapped::Mapped;
 use crate::quiet::Quiet;
 use crate::rebase::{rebase, unmapped};
 use crate::session::Shared;
 use copage_coherence::msg::{Generation, PageRange, Request};
+use copage_grants::PAGE_SIZE;
 use crossbeam_channel::Receiver;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -17,11 +18,24 @@ use std::sync::atomic::{AtomicBool, Ordering};
 pub(crate) enum Job {
     /// Show a newer content, then say so if a notice asked (`recall`). The file's `rebases` was
     /// raised by who sends this.
-    Rebase { file: Arc<FileInner>, content: Content, recall: Option<u64> },
+    Rebase {
+        file: Arc<FileInner>,
+        content: Content,
+        recall: Option<u64>,
+    },
     /// Take pages out of the page tables, then say so.
-    Invalidate { file: Arc<FileInner>, generation: Generation, range: PageRange, recall: u64 },
-    /// A page counted as private is missing: a fresh one in its place.
-    ForgetPrivate { mapped: Arc<Mapped>, file_page: u64 },
+    Invalidate {
+        file: Arc<FileInner>,
+        generation: Generation,
+        range: PageRange,
+        recall: u64,
+    },
+    /// Put what was read in place of a missing private page.
+    Restore {
+        mapped: Arc<Mapped>,
+        file_page: u64,
+        bytes: Result<Box<[u8; PAGE_SIZE]>>,
+    },
     /// Unmap.
     Unmap(Arc<Mapped>),
     /// The session is lost: everything becomes SIGBUS. The last job.
@@ -60,13 +74,32 @@ pub(crate) fn run(shared: &Arc<Shared>, jobs: &Receiver<Job>, finished: &AtomicB
 
 fn work(shared: &Shared, job: Job) {
     match job {
-        Job::Rebase { file, content, recall } => do_rebase(shared, &file, content, recall),
-        Job::Invalidate { file, generation, range, recall } => {
+        Job::Rebase {
+            file,
+            content,
+            recall,
+        } => do_rebase(shared, &file, content, recall),
+        Job::Invalidate {
+            file,
+            generation,
+            range,
+            recall,
+        } => {
             invalidate(shared, &file, generation, range);
-            unmapped(shared, file.token, generation, range.first.0, range.count.into());
+            unmapped(
+                shared,
+                file.token,
+                generation,
+                range.first.0,
+                range.count.into(),
+            );
             shared.session.post(&Request::Ack { recall });
         }
-        Job::ForgetPrivate { mapped, file_page } => mapped.forget_private(shared, file_page),
+        Job::Restore {
+            mapped,
+            file_page,
+            bytes,
+        } => mapped.restore(shared, file_page, bytes),
         Job::Unmap(mapped) => mapped.unmap(shared),
         // The end of `run`'s loop.
         Job::Lost => {}

@@ -2,8 +2,8 @@
 //! say where they are from. What it is told to do wrong it does wrong.
 
 use copage_coherence::msg::{
-    Attr, DecodeError, FaultHint, FileKind, FileToken, Generation, Handle, MESSAGE_BYTES_MAX, Notice,
-    OpenHow, OpenedFlags, PageRange, Reply, Request, WelcomeFlags, decode_header,
+    Attr, DecodeError, FaultHint, FileKind, FileToken, Generation, Handle, MESSAGE_BYTES_MAX,
+    Notice, OpenHow, OpenedFlags, PageRange, Reply, Request, WelcomeFlags, decode_header,
 };
 use copage_grants::channel::{Channel, ChannelError, Listener};
 use copage_grants::{DomId, Epoch, PAGE_SIZE, PageIndex, Version, pages_for};
@@ -46,7 +46,10 @@ impl Home {
         }
         let at = page * PAGE_SIZE as u64;
         data.truncate((self.bytes - at).min(PAGE_SIZE as u64) as usize);
-        assert_eq!(rustix::io::pwrite(&self.write, &data, at).unwrap(), data.len());
+        assert_eq!(
+            rustix::io::pwrite(&self.write, &data, at).unwrap(),
+            data.len()
+        );
     }
 
     pub(super) fn punch(&self, first: u64, pages: u64) {
@@ -59,11 +62,20 @@ impl Home {
 /// A request that came, as far as tests ask.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Seen {
-    Fault { generation: u32, first: u64, count: u32, hint: FaultHint },
+    Fault {
+        generation: u32,
+        first: u64,
+        count: u32,
+        hint: FaultHint,
+    },
     Forget,
     Close,
     Ack(u64),
-    Unmapped { generation: u32, first: u64, count: u32 },
+    Unmapped {
+        generation: u32,
+        first: u64,
+        count: u32,
+    },
     Bye,
 }
 
@@ -104,10 +116,18 @@ impl Fake {
 
     pub(super) fn start_with(bytes: u64, ttl_ms: u32) -> Arc<Self> {
         let dir = tempfile::tempdir().unwrap();
-        let mut state = State { newest: 1, grant_max: u32::MAX, ..State::default() };
+        let mut state = State {
+            newest: 1,
+            grant_max: u32::MAX,
+            ..State::default()
+        };
         state.homes.insert(1, Home::new(bytes));
-        let fake =
-            Arc::new(Self { dir, state: Mutex::new(state), changed: Condvar::new(), ttl_ms });
+        let fake = Arc::new(Self {
+            dir,
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+            ttl_ms,
+        });
         let listener = Listener::bind(&fake.socket(), 0o600).unwrap();
         let daemon = Arc::clone(&fake);
         std::thread::spawn(move || {
@@ -148,7 +168,11 @@ impl Fake {
                 if matches!(request, Request::Fault { .. }) {
                     std::thread::sleep(slow);
                 }
-                let epoch = if matches!(request, Request::Hello { .. }) { Epoch(0) } else { EPOCH };
+                let epoch = if matches!(request, Request::Hello { .. }) {
+                    Epoch(0)
+                } else {
+                    EPOCH
+                };
                 reply.encode(frame.request, epoch, &mut out).unwrap();
                 if channel.send(&out, fd.as_ref().map(AsFd::as_fd)).is_err() {
                     return;
@@ -162,7 +186,10 @@ impl Fake {
         let until = Instant::now() + Duration::from_secs(10);
         let mut state = self.state.lock();
         while !test(&state) {
-            assert!(!self.changed.wait_until(&mut state, until).timed_out(), "{what}");
+            assert!(
+                !self.changed.wait_until(&mut state, until).timed_out(),
+                "{what}"
+            );
         }
     }
 
@@ -175,7 +202,13 @@ impl Fake {
 
     /// Sends bytes that are no message.
     pub(super) fn garbage(&self, bytes: &[u8]) {
-        self.state.lock().channel.clone().unwrap().send(bytes, None).unwrap();
+        self.state
+            .lock()
+            .channel
+            .clone()
+            .unwrap()
+            .send(bytes, None)
+            .unwrap();
     }
 
     /// As if the daemon died.
@@ -252,7 +285,11 @@ type Said = Option<(Reply<'static>, Option<OwnedFd>)>;
 
 impl State {
     fn handle(&mut self, request: &Request<'_>, ttl_ms: u32) -> Said {
-        let handle = |slot| Handle { slot, tag: 9, epoch: EPOCH.0 };
+        let handle = |slot| Handle {
+            slot,
+            tag: 9,
+            epoch: EPOCH.0,
+        };
         let newest = &self.homes[&self.newest];
         let plain = |reply| Some((reply, None));
         match *request {
@@ -277,7 +314,9 @@ impl State {
                 };
                 Some((welcome, device))
             }
-            Request::Exports => plain(Reply::Exports { names: b"all\0more\0" }),
+            Request::Exports => plain(Reply::Exports {
+                names: b"all\0more\0",
+            }),
             Request::Attach { export: b"all" } => plain(Reply::Attached {
                 root: handle(1),
                 attr: attr(FileKind::Directory, 0),
@@ -287,9 +326,10 @@ impl State {
                 node: handle(2),
                 attr: attr(FileKind::Regular, newest.bytes),
             }),
-            Request::Attach { .. } | Request::Lookup { .. } => {
-                plain(Reply::Error { errno: libc::ENOENT, text: b"no such name" })
-            }
+            Request::Attach { .. } | Request::Lookup { .. } => plain(Reply::Error {
+                errno: libc::ENOENT,
+                text: b"no such name",
+            }),
             Request::Open { how, .. } => {
                 if how == OpenHow::Pin {
                     (0..pages_for(newest.bytes)).for_each(|p| newest.fill(self.newest, p));
@@ -307,7 +347,12 @@ impl State {
                 };
                 Some((opened, Some(newest.read.try_clone().unwrap())))
             }
-            Request::Fault { generation, range, hint, .. } => {
+            Request::Fault {
+                generation,
+                range,
+                hint,
+                ..
+            } => {
                 self.seen.push(Seen::Fault {
                     generation: generation.0,
                     first: range.first.0,
@@ -316,7 +361,16 @@ impl State {
                 });
                 self.fault(generation, range)
             }
-            Request::Renew if !self.deaf => plain(Reply::Renewed { lease_ttl_ms: ttl_ms }),
+            Request::Read { offset, len, .. } => {
+                let page = offset / PAGE_SIZE as u64;
+                let end = newest.bytes.min(offset.saturating_add(len.into()));
+                let bytes = word(self.newest, page).to_le_bytes().repeat(PAGE_SIZE / 8);
+                let data = bytes[..end.saturating_sub(offset) as usize].to_vec();
+                plain(Reply::Bytes { data: data.leak() })
+            }
+            Request::Renew if !self.deaf => plain(Reply::Renewed {
+                lease_ttl_ms: ttl_ms,
+            }),
             Request::Close { .. } => {
                 self.seen.push(Seen::Close);
                 plain(Reply::Done)
@@ -324,7 +378,9 @@ impl State {
             Request::Forget { .. } => self.note(Seen::Forget),
             Request::Ack { recall } => self.note(Seen::Ack(recall)),
             Request::Bye => self.note(Seen::Bye),
-            Request::Unmapped { generation, range, .. } => self.note(Seen::Unmapped {
+            Request::Unmapped {
+                generation, range, ..
+            } => self.note(Seen::Unmapped {
                 generation: generation.0,
                 first: range.first.0,
                 count: range.count,
@@ -355,7 +411,13 @@ impl State {
         let end = (first + u64::from(range.count.min(self.grant_max))).min(pages_for(newest.bytes));
         if (first..end).any(|page| self.bad.contains(&page)) {
             let text: &[u8] = b"the host could not read the page";
-            return Some((Reply::Error { errno: libc::EIO, text }, None));
+            return Some((
+                Reply::Error {
+                    errno: libc::EIO,
+                    text,
+                },
+                None,
+            ));
         }
         if self.thrash {
             newest.punch(0, pages_for(newest.bytes));
@@ -363,7 +425,10 @@ impl State {
         (first..end).for_each(|page| newest.fill(self.newest, page));
         let granted = Reply::Granted {
             generation,
-            range: PageRange { first: PageIndex(first), count: (end - first) as u32 },
+            range: PageRange {
+                first: PageIndex(first),
+                count: (end - first) as u32,
+            },
             granter: DomId(0),
             refs: &[],
         };

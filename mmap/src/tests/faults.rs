@@ -22,9 +22,16 @@ fn local_a_shared_mapping_reads_the_right_bytes_in_windows() {
     let faults = fake.faults();
     assert!(faults.len() < 16, "{faults:?}");
     assert!(faults.iter().any(|&(_, count)| count == 512), "{faults:?}");
-    assert!(faults.iter().all(|&(first, count)| first + u64::from(count) <= PAGES as u64));
+    assert!(
+        faults
+            .iter()
+            .all(|&(first, count)| first + u64::from(count) <= PAGES as u64)
+    );
     // The rest of the last page is zeros.
-    assert_eq!(bytes.read_u8(BYTES as usize - 101), Some((word(1, PAGES as u64 - 1) >> 24) as u8));
+    assert_eq!(
+        bytes.read_u8(BYTES as usize - 101),
+        Some((word(1, PAGES as u64 - 1) >> 24) as u8)
+    );
     // SAFETY: within the mapping's last page, which is mapped whole.
     let behind = unsafe { mapping.as_ptr().add(BYTES as usize - 1) };
     // SAFETY: as above; nobody writes.
@@ -39,7 +46,10 @@ fn local_large_mappings_lie_as_huge_frames_need_it() {
     for offset in [0, 4096, 5 << 12] {
         let options = MapOptions::shared().range(offset, 4 << 20);
         let mapping = file.map(&options).unwrap();
-        assert_eq!((mapping.as_ptr() as u64).wrapping_sub(offset) % (2 << 20), 0);
+        assert_eq!(
+            (mapping.as_ptr() as u64).wrapping_sub(offset) % (2 << 20),
+            0
+        );
         assert_eq!(peek(mapping.as_volatile(), 3), word(1, offset / 4096 + 3));
     }
 }
@@ -61,7 +71,11 @@ fn local_many_threads_fault_at_once_and_nothing_is_asked_for_twice() {
             });
         }
     });
-    let asked: u64 = fake.faults().iter().map(|&(_, count)| u64::from(count)).sum();
+    let asked: u64 = fake
+        .faults()
+        .iter()
+        .map(|&(_, count)| u64::from(count))
+        .sum();
     // A fault read just after its page was granted asks again; no page more often than threads.
     assert!(asked < 3 * PAGES as u64, "{asked} pages were asked for");
 }
@@ -73,7 +87,11 @@ fn local_pages_taken_back_fault_again() {
     let mapping = map(&client, &MapOptions::shared());
     for round in 0..20 {
         for page in (0..PAGES).step_by(97) {
-            assert_eq!(page_word(mapping.as_volatile(), page), word(1, page as u64), "{round}");
+            assert_eq!(
+                page_word(mapping.as_volatile(), page),
+                word(1, page as u64),
+                "{round}"
+            );
         }
         fake.punch(0, PAGES as u64);
     }
@@ -134,19 +152,39 @@ fn local_populate_brings_everything_at_once() {
         assert_eq!(page_word(mapping.as_volatile(), page), word(1, page as u64));
     }
     assert_eq!(fake.faults(), before);
-    let populates = |s: &Seen| matches!(s, Seen::Fault { hint: FaultHint::Populate, .. });
+    let populates = |s: &Seen| {
+        matches!(
+            s,
+            Seen::Fault {
+                hint: FaultHint::Populate,
+                ..
+            }
+        )
+    };
     assert!(fake.state.lock().seen.iter().any(populates));
     mapping.populate(0..0).unwrap();
     let backwards = std::ops::Range { start: 9, end: 3 };
-    assert_eq!(mapping.populate(backwards).unwrap_err().errno(), libc::EINVAL);
-    assert_eq!(mapping.populate(0..mapping.len() + 1).unwrap_err().errno(), libc::EINVAL);
+    assert_eq!(
+        mapping.populate(backwards).unwrap_err().errno(),
+        libc::EINVAL
+    );
+    assert_eq!(
+        mapping.populate(0..mapping.len() + 1).unwrap_err().errno(),
+        libc::EINVAL
+    );
 }
 
 fn with_refused_page(kind: MapKind) {
     let fake = Fake::start(BYTES);
     fake.state.lock().bad.extend([40, 41]);
     let client = connect(&fake);
-    let mapping = map(&client, &MapOptions { kind, ..MapOptions::default() });
+    let mapping = map(
+        &client,
+        &MapOptions {
+            kind,
+            ..MapOptions::default()
+        },
+    );
     // Its neighbours come, although windows over it are refused.
     for page in (0..40).chain(42..60) {
         assert_eq!(page_word(mapping.as_volatile(), page), word(1, page as u64));
@@ -201,23 +239,56 @@ fn local_arguments_that_mean_nothing_are_refused() {
     let errno = |options: MapOptions| file.map(&options).unwrap_err().errno();
     assert_eq!(errno(MapOptions::shared().range(1, 5)), libc::EINVAL);
     assert_eq!(errno(MapOptions::shared().range(0, 0)), libc::EINVAL);
-    assert_eq!(errno(MapOptions::shared().range(4096, u64::MAX)), libc::EINVAL);
-    assert_eq!(errno(MapOptions::shared().range(u64::MAX - 4095, 4096)), libc::EINVAL);
-    assert_eq!(errno(MapOptions { offset: BYTES + 4096, ..MapOptions::shared() }), libc::EINVAL);
-    assert_eq!(errno(MapOptions { writable: true, ..MapOptions::shared() }), libc::EACCES);
+    assert_eq!(
+        errno(MapOptions::shared().range(4096, u64::MAX)),
+        libc::EINVAL
+    );
+    assert_eq!(
+        errno(MapOptions::shared().range(u64::MAX - 4095, 4096)),
+        libc::EINVAL
+    );
+    assert_eq!(
+        errno(MapOptions {
+            offset: BYTES + 4096,
+            ..MapOptions::shared()
+        }),
+        libc::EINVAL
+    );
+    assert_eq!(
+        errno(MapOptions {
+            writable: true,
+            ..MapOptions::shared()
+        }),
+        libc::EACCES
+    );
     assert_eq!(errno(MapOptions::shared().range(0, 1 << 60)), libc::ENOMEM);
-    assert_eq!(file.descriptor().unwrap_err().errno(), libc::EACCES, "not pinned");
+    assert_eq!(
+        file.descriptor().unwrap_err().errno(),
+        libc::EACCES,
+        "not pinned"
+    );
     let read_only = open(&client, OpenHow::Read);
-    assert_eq!(read_only.map(&MapOptions::shared()).unwrap_err().errno(), libc::EACCES);
+    assert_eq!(
+        read_only.map(&MapOptions::shared()).unwrap_err().errno(),
+        libc::EACCES
+    );
     let root = client.attach("all").unwrap().root();
-    assert_eq!(root.lookup(&[b'x'; 300]).unwrap_err().errno(), libc::ENAMETOOLONG);
+    assert_eq!(
+        root.lookup(&[b'x'; 300]).unwrap_err().errno(),
+        libc::ENAMETOOLONG
+    );
     for name in [&b""[..], b".", b"..", b"a/b", b"a\0b"] {
         assert_eq!(root.lookup(name).unwrap_err().errno(), libc::EINVAL);
     }
     // An end anywhere, and past the end of the file.
-    let mapping = file.map(&MapOptions::shared().range(4096, 2 * BYTES - 7)).unwrap();
+    let mapping = file
+        .map(&MapOptions::shared().range(4096, 2 * BYTES - 7))
+        .unwrap();
     assert_eq!(page_word(mapping.as_volatile(), 0), word(1, 1));
-    assert_eq!(mapping.populate(0..mapping.len()).unwrap_err().errno(), libc::EINVAL);
+    assert_eq!(
+        mapping.populate(0..mapping.len()).unwrap_err().errno(),
+        libc::EINVAL
+    );
 }
 
 #[test]
@@ -230,7 +301,10 @@ fn local_a_pinned_file_has_a_descriptor() {
     let mut data = [0; 8];
     assert_eq!(rustix::io::pread(fd.as_fd(), &mut data, 8192).unwrap(), 8);
     assert_eq!(u64::from_le_bytes(data), word(1, 2));
-    assert_eq!(file.map(&MapOptions::shared()).unwrap_err().errno(), libc::EACCES);
+    assert_eq!(
+        file.map(&MapOptions::shared()).unwrap_err().errno(),
+        libc::EACCES
+    );
     file.close().unwrap();
     fake.wait("closed", |s| s.seen.contains(&Seen::Close));
 }
@@ -240,7 +314,9 @@ fn local_dropping_gives_everything_back() {
     let fake = Fake::start(BYTES);
     let client = connect(&fake);
     let mapping = map(&client, &MapOptions::shared());
-    fake.wait("forgotten", |s| s.seen.iter().filter(|s| **s == Seen::Forget).count() == 2);
+    fake.wait("forgotten", |s| {
+        s.seen.iter().filter(|s| **s == Seen::Forget).count() == 2
+    });
     assert_eq!(peek(mapping.as_volatile(), 9), word(1, 9));
     drop(client);
     // The mapping keeps the session alive.
@@ -262,7 +338,10 @@ fn local_user_mode_only_needs_populate_for_system_calls() {
         unsafe { libc::write(std::os::fd::AsRawFd::as_raw_fd(&write), at.cast(), 8) }
     };
     assert_eq!(write_page(7), -1);
-    assert_eq!(std::io::Error::last_os_error().raw_os_error(), Some(libc::EFAULT));
+    assert_eq!(
+        std::io::Error::last_os_error().raw_os_error(),
+        Some(libc::EFAULT)
+    );
     mapping.populate(0..20 * PAGE_SIZE).unwrap();
     assert_eq!(write_page(7), 8);
     // Plain accesses are served anyway.
@@ -282,7 +361,9 @@ fn local_without_userfaultfd_reading_works_and_mapping_says_why() {
     let fake = Fake::start(BYTES);
     let client = connect_with(&fake, UserfaultPolicy::None);
     assert_eq!(client.userfault_mode(), UserfaultMode::None);
-    let error = open(&client, OpenHow::Map).map(&MapOptions::shared()).unwrap_err();
+    let error = open(&client, OpenHow::Map)
+        .map(&MapOptions::shared())
+        .unwrap_err();
     assert!(matches!(error, MmapError::NoUserfaultfd(_)), "{error}");
 }
 
@@ -296,7 +377,11 @@ fn local_write_from_a_mapping_waits_for_its_pages() {
     let pointer = mapping.as_ptr();
     // SAFETY: the whole range is mapped and lives; the kernel copies from it.
     let got = unsafe {
-        libc::write(std::os::fd::AsRawFd::as_raw_fd(&out), pointer.cast(), mapping.len())
+        libc::write(
+            std::os::fd::AsRawFd::as_raw_fd(&out),
+            pointer.cast(),
+            mapping.len(),
+        )
     };
     assert_eq!(got, mapping.len() as isize);
     std::io::Seek::rewind(&mut out).unwrap();

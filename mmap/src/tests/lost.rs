@@ -32,7 +32,13 @@ fn ends_with(end: impl FnOnce(&Fake), ttl_ms: u32) -> LostWhy {
     std::thread::scope(|scope| {
         let fault = scope.spawn(|| reachable(&mapping, 400));
         let call = scope.spawn(|| mapping.populate(500 * PAGE_SIZE..501 * PAGE_SIZE));
-        fake.wait("both", |s| s.seen.iter().filter(|s| matches!(s, Seen::Fault { .. })).count() >= 3);
+        fake.wait("both", |s| {
+            s.seen
+                .iter()
+                .filter(|s| matches!(s, Seen::Fault { .. }))
+                .count()
+                >= 3
+        });
         end(&fake);
         assert!(!fault.join().unwrap(), "a fault was answered by nobody");
         assert!(matches!(call.join().unwrap(), Err(MmapError::Lost(_))));
@@ -48,7 +54,11 @@ fn ends_with(end: impl FnOnce(&Fake), ttl_ms: u32) -> LostWhy {
     lost(mapping.populate(0..1).unwrap_err());
     lost(file.read_at(&mut [0; 9], 0).unwrap_err());
     client.on_lost(move |why| sender.send(why.clone()).unwrap());
-    assert_eq!(told.recv_timeout(Duration::from_secs(1)).unwrap(), why, "told at once");
+    assert_eq!(
+        told.recv_timeout(Duration::from_secs(1)).unwrap(),
+        why,
+        "told at once"
+    );
     // It can connect again, while the old mappings live.
     fake.state.lock().stuck = false;
     fake.state.lock().deaf = false;
@@ -72,12 +82,18 @@ fn local_the_session_is_fenced() {
 
 #[test]
 fn local_the_daemon_stops() {
-    assert_eq!(ends_with(|fake| fake.notify(&Notice::Goodbye, None), 60_000), LostWhy::Stopped);
+    assert_eq!(
+        ends_with(|fake| fake.notify(&Notice::Goodbye, None), 60_000),
+        LostWhy::Stopped
+    );
 }
 
 #[test]
 fn local_the_daemon_answers_no_renewal() {
-    assert_eq!(ends_with(|fake| fake.state.lock().deaf = true, 600), LostWhy::LeaseExpired);
+    assert_eq!(
+        ends_with(|fake| fake.state.lock().deaf = true, 600),
+        LostWhy::LeaseExpired
+    );
 }
 
 #[test]
@@ -118,12 +134,19 @@ fn local_a_process_that_reads_on_after_the_daemons_death_dies_of_sigbus() {
 /// Runs one ignored test of this program in a process of its own.
 fn in_process(test: &str) -> (Option<i32>, Option<i32>) {
     let status = std::process::Command::new(std::env::current_exe().unwrap())
-        .args(["--ignored", "--exact", &format!("tests::lost::child_{test}")])
+        .args([
+            "--ignored",
+            "--exact",
+            &format!("tests::lost::child_{test}"),
+        ])
         .stdout(std::process::Stdio::null())
         .stderr(std::process::Stdio::null())
         .status()
         .unwrap();
-    (status.code(), std::os::unix::process::ExitStatusExt::signal(&status))
+    (
+        status.code(),
+        std::os::unix::process::ExitStatusExt::signal(&status),
+    )
 }
 
 #[test]
@@ -134,7 +157,9 @@ fn child_reads_on_after_death() {
     let mapping = map(&client, &MapOptions::shared());
     assert_eq!(page_word(mapping.as_volatile(), 3), word(1, 3));
     fake.die();
-    eventually("SIGBUS", || page_word(mapping.as_volatile(), 3) != word(1, 3));
+    eventually("SIGBUS", || {
+        page_word(mapping.as_volatile(), 3) != word(1, 3)
+    });
 }
 
 #[test]

@@ -20,12 +20,22 @@ fn connect(fake: &Fake) -> Client {
 }
 
 fn connect_with(fake: &Fake, userfault: UserfaultPolicy) -> Client {
-    let options = ConnectOptions { name: "guest".into(), userfault };
+    let options = ConnectOptions {
+        name: "guest".into(),
+        userfault,
+    };
     Client::connect(&fake.socket(), &options).unwrap()
 }
 
 fn open(client: &Client, how: OpenHow) -> File {
-    client.attach("all").unwrap().root().lookup(b"f").unwrap().open(how).unwrap()
+    client
+        .attach("all")
+        .unwrap()
+        .root()
+        .lookup(b"f")
+        .unwrap()
+        .open(how)
+        .unwrap()
 }
 
 fn map(client: &Client, options: &MapOptions) -> Mapping {

@@ -21,7 +21,11 @@ fn local_a_stale_fault_shows_the_newer_content() {
     assert_eq!(file.generation(), Generation(2));
     assert_eq!(mapping.generation(), Generation(2));
     fake.wait("unmapped", |s| {
-        s.seen.contains(&Seen::Unmapped { generation: 1, first: 0, count: PAGES as u32 })
+        s.seen.contains(&Seen::Unmapped {
+            generation: 1,
+            first: 0,
+            count: PAGES as u32,
+        })
     });
     // By populate as well.
     fake.change(BYTES, true);
@@ -39,10 +43,18 @@ fn local_a_rebase_notice_is_followed_without_force_and_acked() {
     let mapping = map(&client, &MapOptions::shared());
     mapping.populate(0..mapping.len()).unwrap();
     fake.change(BYTES, false);
-    assert_eq!(page_word(mapping.as_volatile(), 7), word(1, 7), "nobody has told it");
+    assert_eq!(
+        page_word(mapping.as_volatile(), 7),
+        word(1, 7),
+        "nobody has told it"
+    );
     fake.tell(41);
     fake.wait("acked", |s| {
-        let unmapped = Seen::Unmapped { generation: 1, first: 0, count: PAGES as u32 };
+        let unmapped = Seen::Unmapped {
+            generation: 1,
+            first: 0,
+            count: PAGES as u32,
+        };
         s.seen.ends_with(&[unmapped, Seen::Ack(41)])
     });
     for page in 0..PAGES {
@@ -51,7 +63,15 @@ fn local_a_rebase_notice_is_followed_without_force_and_acked() {
     // Again, and for what is known already: only acked.
     fake.tell(42);
     fake.wait("acked", |s| s.seen.contains(&Seen::Ack(42)));
-    assert_eq!(fake.state.lock().seen.iter().filter(|s| matches!(s, Seen::Unmapped { .. })).count(), 1);
+    assert_eq!(
+        fake.state
+            .lock()
+            .seen
+            .iter()
+            .filter(|s| matches!(s, Seen::Unmapped { .. }))
+            .count(),
+        1
+    );
 }
 
 #[test]
@@ -65,14 +85,25 @@ fn local_an_invalidate_is_done_and_acked() {
         recall,
         file: FileToken(5),
         generation: Generation(generation),
-        range: PageRange { first: PageIndex(10), count: 20 },
+        range: PageRange {
+            first: PageIndex(10),
+            count: 20,
+        },
         reason: InvalidateReason::Reclaim,
         deadline_ms: 1000,
     };
     fake.notify(&invalidate(8, 1), None);
-    let unmapped = Seen::Unmapped { generation: 1, first: 10, count: 20 };
+    let unmapped = Seen::Unmapped {
+        generation: 1,
+        first: 10,
+        count: 20,
+    };
     fake.wait("acked", |s| s.seen.ends_with(&[unmapped, Seen::Ack(8)]));
-    assert_eq!(mapping.as_volatile().read_u8(11 * PAGE_SIZE), Some(5), "stored to: kept");
+    assert_eq!(
+        mapping.as_volatile().read_u8(11 * PAGE_SIZE),
+        Some(5),
+        "stored to: kept"
+    );
     fake.punch(10, 20);
     let before = fake.faults().len();
     assert_eq!(page_word(mapping.as_volatile(), 12), word(1, 12));
@@ -100,7 +131,9 @@ fn readers_of_a_changing_file(options: &MapOptions, force: bool) {
                 let mut seen = vec![0; PAGES];
                 let mut x = thread;
                 while !done.load(Ordering::Relaxed) {
-                    x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                    x = x
+                        .wrapping_mul(6364136223846793005)
+                        .wrapping_add(1442695040888963407);
                     let page = (x >> 33) as usize % PAGES;
                     let got = peek(mapping.as_volatile(), page);
                     let (generation, place) = (got >> 40, got & ((1 << 40) - 1));
@@ -125,7 +158,10 @@ fn readers_of_a_changing_file(options: &MapOptions, force: bool) {
     });
     let newest = newest.load(Ordering::SeqCst);
     for page in 0..PAGES {
-        assert_eq!(page_word(mapping.as_volatile(), page), word(newest, page as u64));
+        assert_eq!(
+            page_word(mapping.as_volatile(), page),
+            word(newest, page as u64)
+        );
     }
 }
 
@@ -162,9 +198,16 @@ fn local_a_file_that_shrinks_and_grows() {
     assert_eq!(file.len(), 10 * 4096 + 16);
     let last = 10 * PAGE_SIZE;
     assert_eq!(mapping.as_volatile().read_u64(last), Some(word(2, 10)));
-    assert_eq!(mapping.as_volatile().read_u64(last + 16), Some(0), "zeros behind the end");
+    assert_eq!(
+        mapping.as_volatile().read_u64(last + 16),
+        Some(0),
+        "zeros behind the end"
+    );
     assert!(reachable(10));
-    assert!(!reachable(11) && !reachable(299), "SIGBUS behind the last page");
+    assert!(
+        !reachable(11) && !reachable(299),
+        "SIGBUS behind the last page"
+    );
     fake.change(BYTES, true);
     fake.tell(1);
     fake.wait("acked", |s| s.seen.contains(&Seen::Ack(1)));
@@ -190,6 +233,9 @@ fn local_a_stale_that_is_not_newer_is_refused_and_not_asked_for_ever() {
     let (_read, write) = rustix::pipe::pipe().unwrap();
     let at = mapping.as_ptr().wrapping_add(40 * PAGE_SIZE);
     // SAFETY: within the mapping, which lives; the kernel copies from it.
-    assert_eq!(unsafe { libc::write(std::os::fd::AsRawFd::as_raw_fd(&write), at.cast(), 8) }, -1);
+    assert_eq!(
+        unsafe { libc::write(std::os::fd::AsRawFd::as_raw_fd(&write), at.cast(), 8) },
+        -1
+    );
     assert_eq!(mapping.last_error().unwrap().error.errno(), libc::EPROTO);
 }
