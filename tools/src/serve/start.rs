@@ -85,6 +85,19 @@ impl Daemon {
     /// # Errors
     /// When something it needs cannot be had; nothing is left behind then.
     pub fn run(config: &Config, options: RunOptions) -> Result<(), ServeError> {
+        Self::run_over(config, options, |backend| backend)
+    }
+
+    /// As [`Self::run`], over what `wrap` makes of the backend: for tests, which watch it or make
+    /// it fail.
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub fn run_over(
+        config: &Config,
+        options: RunOptions,
+        wrap: impl FnOnce(Arc<dyn Backend>) -> Arc<dyn Backend>,
+    ) -> Result<(), ServeError> {
         let signals = [
             libc::SIGTERM,
             libc::SIGINT,
@@ -93,7 +106,7 @@ impl Daemon {
         ];
         let signals = SignalFd::new(&signals).map_err(sys("signalfd"))?;
         sys::make_undumpable().map_err(sys("prctl(PR_SET_DUMPABLE)"))?;
-        let mut prepared = prepare(config, Some(signals))?;
+        let mut prepared = prepare(config, Some(signals), wrap)?;
         if let Some(fd) = options.ready_fd {
             ready::write_ready(fd).map_err(sys("--ready-fd"))?;
         }
@@ -112,7 +125,7 @@ impl Daemon {
     /// # Errors
     /// As [`Self::run`].
     pub fn start(config: &Config) -> Result<DaemonHandle, ServeError> {
-        let mut prepared = prepare(config, None)?;
+        let mut prepared = prepare(config, None, |backend| backend)?;
         let wake = prepared.core.wake.clone();
         let thread = std::thread::Builder::new()
             .name("copage-daemon".into())
@@ -192,7 +205,11 @@ impl Prepared {
     }
 }
 
-fn prepare(config: &Config, signals: Option<SignalFd>) -> Result<Prepared, ServeError> {
+fn prepare(
+    config: &Config,
+    signals: Option<SignalFd>,
+    wrap: impl FnOnce(Arc<dyn Backend>) -> Arc<dyn Backend>,
+) -> Result<Prepared, ServeError> {
     sys::raise_open_files().map_err(sys("RLIMIT_NOFILE"))?;
     let run_dir = RunDir::claim(&config.run_dir)?;
     let wake = Arc::new(Wake::new().map_err(sys("eventfd"))?);
@@ -200,7 +217,7 @@ fn prepare(config: &Config, signals: Option<SignalFd>) -> Result<Prepared, Serve
         force: config.force,
         ..LocalConfig::default()
     };
-    let backend: Arc<dyn Backend> = Arc::new(LocalBackend::new(local)?);
+    let backend = wrap(Arc::new(LocalBackend::new(local)?));
 
     let (sender, events) = crossbeam_channel::unbounded();
     let waker = wake.clone();
