@@ -14,6 +14,7 @@
 use crate::backend::Access;
 use crate::ids::{DomId, FrameNo};
 use crate::limits::{ENTRIES_MAX, FRAMES_MAX, GRANTS_PER_DOMAIN_DEFAULT};
+use std::ops::Range;
 use zerocopy::FromZeros;
 
 /// A place in the ledger and in the tables; 0 is none.
@@ -27,7 +28,7 @@ const _: () = assert!(FRAMES_MAX <= FRAME && ENTRIES_MAX <= FRAME);
 const USED: u16 = 1;
 const WRITABLE: u16 = 2;
 
-/// One grant. While its slot is free, `newer` is the next free slot and the rest is zero.
+/// One grant. Of a free slot all is zero, but for the links of [`Span`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, zerocopy::FromZeros)]
 struct Record {
@@ -57,19 +58,16 @@ impl Domain {
     };
 }
 
-/// Slots of one table: used ones and free ones up to `fresh`, never used ones from there to `end`.
+/// Free slots of one table: runs of them, the topmost here, the others linked through the record of
+/// each one's first slot (its length in `older`, the next run in `newer`). Runs keep neighbours
+/// together: granting a batch into one run is going along arrays.
 #[derive(Clone, Copy, Debug)]
 struct Span {
-    fresh: Slot,
-    end: Slot,
-    free: Slot,
-    free_count: u32,
-}
-
-impl Span {
-    fn available(&self) -> u32 {
-        self.end - self.fresh + self.free_count
-    }
+    at: Slot,
+    len: u32,
+    below: Slot,
+    /// Free slots of all runs.
+    free: u32,
 }
 
 /// One grant as the ledger has it.
@@ -103,19 +101,19 @@ impl Ledger {
         } else {
             Record::extend_vec_zeroed(&mut self.records, entries as usize).ok()?;
         }
-        let fresh = base.saturating_add(reserved).min(end);
+        let at = base.saturating_add(reserved).min(end);
         self.spans.push(Span {
-            fresh,
-            end,
-            free: 0,
-            free_count: 0,
+            at,
+            len: end - at,
+            below: 0,
+            free: end - at,
         });
         Some(base)
     }
 
     /// Free slots of a span.
     pub(crate) fn available(&self, span: usize) -> u32 {
-        self.spans[span].available()
+        self.spans[span].free
     }
 
     /// Slots of all spans, used or not, reserved ones included.
@@ -235,47 +233,108 @@ impl Ledger {
         })
     }
 
-    /// Records a grant that is not there yet. The caller has seen that the span has a free slot and
-    /// that there is room for the frame.
+    /// Records grants of the first of `frames` to `dom`: as many as come before one that `dom` holds
+    /// already, and as fit into the topmost run of free slots. Gives their slots, which are in a
+    /// row. The caller has seen that the span has a free slot and that there is room for the frames.
+    /// With `none_held` it has also seen that `dom` held none of them before this call.
     #[inline]
-    pub(crate) fn add(&mut self, span: usize, frame: FrameNo, dom: DomId, access: Access) -> Slot {
-        let slot = self.take_slot(span);
-        let head = std::mem::replace(&mut self.heads[frame.0 as usize], slot);
+    pub(crate) fn add(
+        &mut self,
+        span: usize,
+        frames: &[FrameNo],
+        dom: DomId,
+        access: Access,
+        none_held: bool,
+    ) -> Range<Slot> {
+        let mut fit = frames.len().min(self.top_run(span) as usize);
+        if !none_held {
+            let held = |&frame: &FrameNo| self.find(frame, dom).is_some();
+            fit = frames[..fit].iter().position(held).unwrap_or(fit);
+        }
+        let first = self.spans[span].at;
         let state = match access {
             Access::ReadOnly => USED,
             Access::ReadWrite => USED | WRITABLE,
         };
-        let account = self.domain(dom);
-        account.count += 1;
-        let older = std::mem::replace(&mut account.newest, slot);
-        if older == 0 {
-            account.oldest = slot;
-        } else {
-            self.records[older as usize].newer = slot;
+        let before = self.domain(dom).newest;
+        let records = &mut self.records[first as usize..][..fit];
+        let heads = self.heads.as_mut_slice();
+        let mut slot = first;
+        let mut older = before;
+        for (record, frame) in records.iter_mut().zip(frames) {
+            let head = &mut heads[frame.0 as usize];
+            // Granted a moment ago, in this call: the frame is named twice.
+            if head.wrapping_sub(first) < slot - first {
+                break;
+            }
+            *record = Record {
+                frame_next: if *head == 0 { FRAME | frame.0 } else { *head },
+                older,
+                newer: slot + 1,
+                dom: dom.0,
+                state,
+            };
+            *head = slot;
+            older = slot;
+            slot += 1;
         }
-        self.records[slot as usize] = Record {
-            frame_next: if head == 0 { FRAME | frame.0 } else { head },
-            older,
-            newer: 0,
-            dom: dom.0,
-            state,
-        };
-        slot
+        let added = slot - first;
+        if added > 0 {
+            self.records[older as usize].newer = 0;
+            if before != 0 {
+                self.records[before as usize].newer = first;
+            }
+            let account = self.domain(dom);
+            if before == 0 {
+                account.oldest = first;
+            }
+            account.newest = older;
+            account.count += u64::from(added);
+            self.take_slots(span, added);
+        }
+        first..slot
+    }
+
+    /// The length of the topmost run of free slots, of at least one when any is free.
+    #[inline]
+    fn top_run(&mut self, span: usize) -> u32 {
+        let span = &mut self.spans[span];
+        if span.len == 0 && span.below != 0 {
+            span.at = span.below;
+            let first = std::mem::take(&mut self.records[span.at as usize]);
+            span.len = first.older;
+            span.below = first.newer;
+        }
+        span.len
     }
 
     #[inline]
-    fn take_slot(&mut self, span: usize) -> Slot {
+    fn take_slots(&mut self, span: usize, count: u32) {
         let span = &mut self.spans[span];
-        if span.free == 0 {
-            let slot = span.fresh;
-            debug_assert!(slot < span.end);
-            span.fresh += 1;
-            slot
+        debug_assert!(count <= span.len);
+        span.at += count;
+        span.len -= count;
+        span.free -= count;
+    }
+
+    fn give_slot(&mut self, span: usize, slot: Slot) {
+        self.records[slot as usize] = Record::default();
+        let span = &mut self.spans[span];
+        span.free += 1;
+        if span.len > 0 && slot + 1 == span.at {
+            span.at = slot;
+            span.len += 1;
+        } else if span.len > 0 && slot == span.at + span.len {
+            span.len += 1;
         } else {
-            let slot = span.free;
-            span.free = self.records[slot as usize].newer;
-            span.free_count -= 1;
-            slot
+            if span.len > 0 {
+                let run = &mut self.records[span.at as usize];
+                run.older = span.len;
+                run.newer = span.below;
+                span.below = span.at;
+            }
+            span.at = slot;
+            span.len = 1;
         }
     }
 
@@ -297,13 +356,7 @@ impl Ledger {
         }
         self.unlink_age(DomId(record.dom), slot);
         self.domain(DomId(record.dom)).count -= 1;
-        let span = &mut self.spans[span];
-        self.records[slot as usize] = Record {
-            newer: span.free,
-            ..Record::default()
-        };
-        span.free = slot;
-        span.free_count += 1;
+        self.give_slot(span, slot);
         frame
     }
 

@@ -120,31 +120,55 @@ impl<M: EntryMemory, P: Placement> GrantTables<M, P> {
             )));
         }
         let inner = &mut *self.inner.lock();
-        self.check_grant(inner, dom, access, frames)?;
+        let there = self.check_grant(inner, dom, access, frames)?;
         out.reserve(frames.len());
-        for &frame in frames {
-            if let Some(slot) = inner.ledger.find(frame, dom) {
+        let mut rest = frames;
+        while let Some(&frame) = rest.first() {
+            let none_held = there == 0 && rest.len() == frames.len();
+            let there_now = if none_held {
+                None
+            } else {
+                inner.ledger.find(frame, dom)
+            };
+            if let Some(slot) = there_now {
                 if mapped {
                     inner.entry(slot).set_mapped(access);
                 }
                 out.push(inner.grant_of(slot));
+                rest = &rest[1..];
                 continue;
             }
-            let (id, name) = self.placement.place(frame);
-            let slot = inner.ledger.add(usize::from(id.0), frame, dom, access);
+            let (batch, id) = self.of_one_table(rest);
+            let slots = inner
+                .ledger
+                .add(usize::from(id.0), batch, dom, access, none_held);
             let table = &inner.tables[usize::from(id.0)];
-            let gref = slot - table.base;
-            table.memory.entries()[gref as usize].publish(dom, access, name, mapped);
-            out.push(Grant {
+            let grefs = slots.start - table.base..slots.end - table.base;
+            let entries = &table.memory.entries()[grefs.start as usize..grefs.end as usize];
+            for (entry, &frame) in entries.iter().zip(batch) {
+                entry.publish(dom, access, self.placement.place(frame).1, mapped);
+            }
+            rest = &rest[entries.len()..];
+            out.extend(grefs.map(|gref| Grant {
                 table: id,
                 gref: GrantRef(gref),
-            });
+            }));
         }
         Ok(())
     }
 
+    /// The first of `frames` (there is one) whose entries are all in one table, and the table.
+    #[inline]
+    fn of_one_table<'f>(&self, frames: &'f [FrameNo]) -> (&'f [FrameNo], TableId) {
+        let table = self.placement.place(frames[0]).0;
+        let other = frames
+            .iter()
+            .position(|&frame| self.placement.place(frame).0 != table);
+        (&frames[..other.unwrap_or(frames.len())], table)
+    }
+
     /// Everything that can refuse a grant, so that granting cannot stop half-way: entries that a
-    /// guest has seen cannot be taken back.
+    /// guest has seen cannot be taken back. Gives how many of the grants are there already.
     #[inline]
     fn check_grant(
         &self,
@@ -152,7 +176,7 @@ impl<M: EntryMemory, P: Placement> GrantTables<M, P> {
         dom: DomId,
         access: Access,
         frames: &[FrameNo],
-    ) -> Result<(), GrantError> {
+    ) -> Result<usize, GrantError> {
         let end = frames.iter().fold(0, |end, frame| frame.0.max(end));
         if end >= FRAMES_MAX {
             return Err(GrantError::BadRange(format!(
@@ -180,7 +204,7 @@ impl<M: EntryMemory, P: Placement> GrantTables<M, P> {
             && inner.tables.len() == 1
             && wanted as u64 <= u64::from(inner.ledger.available(0))
         {
-            return Ok(());
+            return Ok(there);
         }
         // A frame that is named twice gets one entry: count again, exactly.
         let mut new = HashSet::new();
@@ -206,7 +230,7 @@ impl<M: EntryMemory, P: Placement> GrantTables<M, P> {
                 return Err(GrantError::TableFull { entries });
             }
         }
-        Ok(())
+        Ok(there)
     }
 
     /// [`crate::Backend::revoke`].

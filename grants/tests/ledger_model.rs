@@ -1,0 +1,316 @@
+//! Tables and ledger against a plain model, over two tables as Xen would have them, the test
+//! standing in for the hypervisor: it maps and unmaps entries as guests would. What it cannot show:
+//! two threads at once (loom shows that for one entry, the lock covers the rest), and that Xen
+//! itself behaves as the stand-in does.
+
+use copage_grants::entry::{Entry, EntryMemory, OwnEntries};
+use copage_grants::table::{GrantTables, Placement};
+use copage_grants::{Access, DomId, FrameNo, Grant, GrantError, Revocation, TableId};
+use proptest::prelude::*;
+use std::collections::HashMap;
+use std::sync::Arc;
+
+const ENTRIES: u32 = 24;
+const FRAMES: u32 = 16;
+const DOMS: u16 = 4;
+
+/// Memory that the test, as the hypervisor, sees too.
+#[derive(Clone)]
+struct Shared(Arc<OwnEntries>);
+
+impl EntryMemory for Shared {
+    fn entries(&self) -> &[Entry] {
+        self.0.entries()
+    }
+}
+
+/// Frames in turn in one table and the other, under names of their own.
+struct InTurn;
+
+impl Placement for InTurn {
+    fn place(&self, frame: FrameNo) -> (TableId, u32) {
+        (TableId((frame.0 % 2) as u16), 1000 + frame.0 / 2)
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    Grant { dom: u16, frames: Vec<u32> },
+    Revoke { dom: u16, frames: Vec<u32> },
+    Map { dom: u16, frame: u32 },
+    Unmap { dom: u16, frame: u32 },
+    ClearMapped { dom: u16, frames: Vec<u32> },
+    EndAll { frames: Vec<u32> },
+    DomainEnded { dom: u16, unmapped: bool },
+    SetMax { dom: u16, max: u64 },
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let dom = 0..DOMS;
+    let frames = || proptest::collection::vec(0..FRAMES, 0..8);
+    prop_oneof![
+        6 => (dom.clone(), frames()).prop_map(|(dom, frames)| Op::Grant { dom, frames }),
+        4 => (dom.clone(), frames()).prop_map(|(dom, frames)| Op::Revoke { dom, frames }),
+        3 => (dom.clone(), 0..FRAMES).prop_map(|(dom, frame)| Op::Map { dom, frame }),
+        2 => (dom.clone(), 0..FRAMES).prop_map(|(dom, frame)| Op::Unmap { dom, frame }),
+        1 => (dom.clone(), frames()).prop_map(|(dom, frames)| Op::ClearMapped { dom, frames }),
+        1 => frames().prop_map(|frames| Op::EndAll { frames }),
+        1 => (dom.clone(), any::<bool>())
+            .prop_map(|(dom, unmapped)| Op::DomainEnded { dom, unmapped }),
+        1 => (dom, 0..20u64).prop_map(|(dom, max)| Op::SetMax { dom, max }),
+    ]
+}
+
+/// One grant as the model has it.
+struct Held {
+    grant: Grant,
+    mapped: bool,
+    /// Rises with each grant.
+    age: u64,
+}
+
+#[derive(Default)]
+struct Model {
+    held: HashMap<(u16, u32), Held>,
+    max: HashMap<u16, u64>,
+    ages: u64,
+}
+
+impl Model {
+    fn count(&self, dom: u16) -> u64 {
+        self.held.keys().filter(|key| key.0 == dom).count() as u64
+    }
+
+    fn by_age(&self, dom: u16) -> Vec<FrameNo> {
+        let mut own: Vec<_> = self.held.iter().filter(|(key, _)| key.0 == dom).collect();
+        own.sort_by_key(|(_, held)| held.age);
+        own.into_iter().map(|(key, _)| FrameNo(key.1)).collect()
+    }
+}
+
+struct World {
+    tables: GrantTables<Shared, InTurn>,
+    memory: [Shared; 2],
+    model: Model,
+}
+
+fn numbers(frames: &[u32]) -> Vec<FrameNo> {
+    frames.iter().copied().map(FrameNo).collect()
+}
+
+impl World {
+    fn new() -> Self {
+        let memory = [(), ()].map(|()| Shared(Arc::new(OwnEntries::new(ENTRIES).unwrap())));
+        let tables = GrantTables::new(InTurn);
+        for table in &memory {
+            tables.add_table(table.clone()).unwrap();
+        }
+        Self {
+            tables,
+            memory,
+            model: Model::default(),
+        }
+    }
+
+    fn entry(&self, grant: Grant) -> &Entry {
+        &self.memory[usize::from(grant.table.0)].entries()[grant.gref.0 as usize]
+    }
+
+    fn grant(&mut self, dom: u16, frames: &[u32]) {
+        let mut new: Vec<u32> = frames.to_vec();
+        new.retain(|&frame| !self.model.held.contains_key(&(dom, frame)));
+        new.sort_unstable();
+        new.dedup();
+        let wanted = self.model.count(dom) + new.len() as u64;
+        let over = wanted > self.model.max.get(&dom).copied().unwrap_or(u64::MAX);
+        let full = (0..2).any(|table| {
+            let used = self
+                .model
+                .held
+                .keys()
+                .filter(|key| key.1 % 2 == table)
+                .count();
+            used + new.iter().filter(|&&frame| frame % 2 == table).count() > ENTRIES as usize - 2
+        });
+        let mut out = vec![];
+        let result = self.tables.grant(
+            DomId(dom),
+            Access::ReadOnly,
+            &numbers(frames),
+            false,
+            &mut out,
+        );
+        match result {
+            Ok(()) => {
+                assert!(!over && !full);
+                assert_eq!(out.len(), frames.len());
+                for (&frame, &grant) in frames.iter().zip(&out) {
+                    assert!(grant.gref.0 >= 2);
+                    assert_eq!(u32::from(grant.table.0), frame % 2);
+                    self.model.ages += 1;
+                    let held = Held {
+                        grant,
+                        mapped: false,
+                        age: self.model.ages,
+                    };
+                    let there = self.model.held.entry((dom, frame)).or_insert(held);
+                    assert_eq!(there.grant, grant);
+                }
+            }
+            Err(GrantError::GrantsOverLimit { .. }) => assert!(over),
+            Err(GrantError::TableFull { .. }) => assert!(full && !over),
+            Err(e) => panic!("{e}"),
+        }
+    }
+
+    fn revoke(&mut self, dom: u16, frames: &[u32]) {
+        let mut answers = vec![];
+        self.tables
+            .revoke(DomId(dom), &numbers(frames), &mut answers);
+        assert_eq!(answers.len(), frames.len());
+        for (&frame, answer) in frames.iter().zip(answers) {
+            let key = (dom, frame);
+            let expected = match self.model.held.get(&key).map(|held| held.mapped) {
+                None => Revocation::NotGranted,
+                Some(true) => Revocation::StillMapped,
+                Some(false) => Revocation::Revoked,
+            };
+            assert_eq!(answer, expected);
+            if expected == Revocation::Revoked {
+                self.model.held.remove(&key);
+            }
+        }
+    }
+
+    fn apply(&mut self, op: Op) {
+        match op {
+            Op::Grant { dom, frames } => self.grant(dom, &frames),
+            Op::Revoke { dom, frames } => self.revoke(dom, &frames),
+            Op::Map { dom, frame } => {
+                if let Some(held) = self.model.held.get_mut(&(dom, frame)) {
+                    held.mapped = true;
+                    let grant = held.grant;
+                    assert_eq!(
+                        self.entry(grant).map(DomId(dom), Access::ReadOnly),
+                        Some(1000 + frame / 2)
+                    );
+                    assert_eq!(self.entry(grant).map(DomId(dom), Access::ReadWrite), None);
+                    assert_eq!(
+                        self.entry(grant).map(DomId(dom + 1), Access::ReadOnly),
+                        None
+                    );
+                }
+            }
+            Op::Unmap { dom, frame } => {
+                if let Some(held) = self.model.held.get_mut(&(dom, frame)) {
+                    held.mapped = false;
+                    let grant = held.grant;
+                    self.entry(grant).clear_mapped();
+                }
+            }
+            Op::ClearMapped { dom, frames } => {
+                self.tables.clear_mapped(DomId(dom), &numbers(&frames));
+                for frame in frames {
+                    if let Some(held) = self.model.held.get_mut(&(dom, frame)) {
+                        held.mapped = false;
+                    }
+                }
+            }
+            Op::EndAll { frames } => {
+                let mut ended = vec![];
+                self.tables.end_all(&numbers(&frames), &mut |frame, dom| {
+                    ended.push((dom.0, frame.0))
+                });
+                for key in ended {
+                    assert!(frames.contains(&key.1) && self.model.held.remove(&key).is_some());
+                }
+                assert!(self.model.held.keys().all(|key| !frames.contains(&key.1)));
+            }
+            Op::DomainEnded { dom, unmapped } => self.domain_ended(dom, unmapped),
+            Op::SetMax { dom, max } => {
+                self.tables.set_grants_max(DomId(dom), max);
+                self.model.max.insert(dom, max);
+            }
+        }
+    }
+
+    fn domain_ended(&mut self, dom: u16, unmapped: bool) {
+        let end = self.tables.domain_ended(DomId(dom), unmapped);
+        let before = self.model.held.len();
+        self.model
+            .held
+            .retain(|key, held| key.0 != dom || held.mapped && !unmapped);
+        assert_eq!(end.revoked, (before - self.model.held.len()) as u64);
+        // What stays does so in its old order.
+        assert_eq!(end.still_mapped, self.model.by_age(dom));
+        self.model.max.remove(&dom);
+    }
+
+    fn check(&self) {
+        let model = &self.model;
+        for dom in 0..DOMS {
+            assert_eq!(self.tables.grant_count(DomId(dom)), model.count(dom));
+            let mut oldest = vec![];
+            self.tables
+                .oldest_grants(DomId(dom), usize::MAX, &mut oldest);
+            assert_eq!(oldest, model.by_age(dom));
+        }
+        for frame in 0..FRAMES {
+            let mut holders = vec![];
+            self.tables.holders(FrameNo(frame), &mut holders);
+            holders.sort_unstable();
+            let mut expected: Vec<DomId> = model
+                .held
+                .keys()
+                .filter(|key| key.1 == frame)
+                .map(|key| DomId(key.0))
+                .collect();
+            expected.sort_unstable();
+            assert_eq!(holders, expected);
+            assert_eq!(
+                self.tables.holder_count(FrameNo(frame)) as usize,
+                expected.len()
+            );
+            let granted = self.tables.first_granted(&[FrameNo(frame)]);
+            assert_eq!(granted.is_some(), !expected.is_empty());
+        }
+        let mut seen = 0;
+        self.tables.each_grant(&mut |info| {
+            let held = &model.held[&(info.dom.0, info.frame.0)];
+            assert_eq!((info.grant, info.mapped), (held.grant, held.mapped));
+            seen += 1;
+        });
+        assert_eq!(seen, model.held.len());
+        let audit = self.tables.audit();
+        assert_eq!(audit.differences, Vec::<String>::new());
+        assert_eq!((audit.entries, audit.grants), (seen as u64, seen as u64));
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn xen_tables_and_ledger_do_as_the_model(ops in proptest::collection::vec(op(), 1..60)) {
+        let mut world = World::new();
+        for op in ops {
+            world.apply(op);
+            world.check();
+        }
+    }
+}
+
+/// The audit sees what it is there for: an entry changed behind the ledger's back.
+#[test]
+fn xen_the_audit_sees_every_kind_of_difference() {
+    let mut world = World::new();
+    world.grant(1, &[0, 2, 4]);
+    let entry = |frame| world.entry(world.model.held[&(1, frame)].grant);
+    assert!(entry(0).revoke());
+    entry(2).publish(DomId(2), Access::ReadOnly, 1001, false);
+    entry(4).publish(DomId(1), Access::ReadWrite, 1002, false);
+    world.memory[1].entries()[9].publish(DomId(1), Access::ReadOnly, 1, false);
+    let audit = world.tables.audit();
+    assert_eq!(audit.differences.len(), 4, "{:#?}", audit.differences);
+    assert_eq!((audit.entries, audit.grants), (3, 3));
+}
