@@ -1,35 +1,100 @@
-//! The cache itself.
+//! The cache itself: what it is made of, and how it starts and stops.
 
-use crate::config::{CacheConfig, ExportId, ExportInfo, ExportSpec, GuestId, GuestLimits, Holder};
+use crate::config::{CacheConfig, ExportId, ExportInfo, ExportSpec, GuestId};
 use crate::error::CacheError;
-use crate::events::*;
+use crate::events::{CacheEvent, EventSink, FileState, RecallReason};
 use crate::exports::Exports;
-use crate::file::CachedFile;
+use crate::file::{CachedFile, FileId, FileKey};
+use crate::fill::{Buffer, Job};
+use crate::frames::FrameTable;
+use crate::host::Watches;
 use crate::limits::{META_THREADS, META_WAITING_MAX};
 use crate::meta::MetaOp;
 use crate::pool::Pool;
-use crate::report::*;
-use crate::tree::{NodeRef, Nodes};
-use copage_grants::{Backend, DomId, PageIndex};
-use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
-use std::sync::Arc;
+use crate::report::Counters;
+use crate::tree::Nodes;
+use copage_grants::{Backend, DomId, Version};
+use parking_lot::Mutex;
+use std::collections::{HashMap, VecDeque};
+use std::os::fd::{OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 
-/// The cache.
+/// Pages of the files of some exports in frames of a backend, for all sessions of a daemon.
+///
+/// All methods may be called from any thread. Those of names and attributes (`root` to `statfs`)
+/// may wait for a disk: a thread that must not wait uses [`Cache::submit`]. `fault`, `close`,
+/// `current`, `recall_done` and the like do not.
 pub struct Cache {
+    pub(crate) me: Weak<Cache>,
     pub(crate) backend: Arc<dyn Backend>,
+    /// The backend takes pages back without asking.
+    pub(crate) force: bool,
+    pub(crate) config: CacheConfig,
     pub(crate) events: EventSink,
     pub(crate) exports: Exports,
     pub(crate) nodes: Nodes,
     pub(crate) meta_pool: Pool<(u64, MetaOp)>,
+    pub(crate) fill_pool: Pool<Job>,
+    pub(crate) files: Mutex<HashMap<FileKey, Arc<CachedFile>>>,
+    pub(crate) frames: Mutex<FrameTable>,
+    /// Files that `tick` looks at.
+    pub(crate) attention: Mutex<HashMap<FileId, Arc<CachedFile>>>,
+    /// Files with requests that wait for frames or grants.
+    pub(crate) parked: Mutex<HashMap<FileId, Arc<CachedFile>>>,
+    /// Files that nobody has open, oldest first.
+    pub(crate) idle: Mutex<VecDeque<(FileKey, u64)>>,
+    /// How many sessions of each domid have ended: an open that began before does not count after.
+    pub(crate) lives: Mutex<HashMap<DomId, u64>>,
+    /// The guest of each domain that opened anything.
+    pub(crate) guests: Mutex<HashMap<DomId, GuestId>>,
+    /// Files by the descriptor that carries their lease.
+    pub(crate) leases: Mutex<HashMap<RawFd, Weak<CachedFile>>>,
+    pub(crate) watches: Watches,
+    pub(crate) counters: Counters,
+    pub(crate) refilling: AtomicBool,
+    next_file: AtomicU64,
+    next_version: AtomicU32,
+    next_idle: AtomicU64,
 }
 
-#[allow(unused_variables, missing_docs)]
 impl Cache {
-    pub fn new(backend: Arc<dyn Backend>, config: CacheConfig, events: EventSink) -> Result<Arc<Self>, CacheError> {
+    /// A cache without exports, with its threads.
+    pub fn new(
+        backend: Arc<dyn Backend>,
+        config: CacheConfig,
+        events: EventSink,
+    ) -> Result<Arc<Self>, CacheError> {
         config.check()?;
-        let cache = Arc::new(Self { backend, events, exports: Exports::default(), nodes: Nodes::default(), meta_pool: Pool::new(META_WAITING_MAX) });
+        let watches = Watches::new()?;
+        let cache = Arc::new_cyclic(|me| Self {
+            me: me.clone(),
+            force: backend.capabilities().forced_revoke,
+            backend,
+            frames: Mutex::new(FrameTable::new(config.frames_max)),
+            config,
+            events,
+            exports: Exports::default(),
+            nodes: Nodes::default(),
+            meta_pool: Pool::new(META_WAITING_MAX),
+            // Bounded by the requests that wait: each has at most one fill's worth of jobs.
+            fill_pool: Pool::new(usize::MAX),
+            files: Mutex::default(),
+            attention: Mutex::default(),
+            parked: Mutex::default(),
+            idle: Mutex::default(),
+            lives: Mutex::default(),
+            guests: Mutex::default(),
+            leases: Mutex::default(),
+            watches,
+            counters: Counters::default(),
+            refilling: AtomicBool::new(false),
+            next_file: AtomicU64::new(1),
+            next_version: AtomicU32::new(1),
+            next_idle: AtomicU64::new(1),
+        });
         for n in 0..META_THREADS {
-            let weak = Arc::downgrade(&cache);
+            let weak = cache.me.clone();
             cache.meta_pool.spawn(format!("meta-{n}"), move |(ticket, op)| {
                 let Some(cache) = weak.upgrade() else { return false };
                 let result = cache.run_meta(op);
@@ -37,42 +102,123 @@ impl Cache {
                 true
             })?;
         }
+        for n in 0..cache.config.fill_threads {
+            let weak = cache.me.clone();
+            let mut buffer = Buffer::new();
+            cache.fill_pool.spawn(format!("fill-{n}"), move |job| {
+                let Some(cache) = weak.upgrade() else { return false };
+                cache.run_job(job, &mut buffer);
+                true
+            })?;
+        }
         Ok(cache)
     }
-    pub fn add_export(&self, spec: ExportSpec) -> Result<ExportId, CacheError> { self.exports.add(spec, &self.nodes) }
-    pub fn remove_export(&self, id: ExportId) -> Result<(), CacheError> { self.exports.remove(id) }
-    pub fn exports(&self) -> Vec<ExportInfo> { self.exports.list() }
-    pub fn open(&self, ticket: u64, node: NodeRef, how: OpenHow, who: Holder) {
-        self.events.send(CacheEvent::Opened { ticket, result: Err(CacheError::Stopped) });
+
+    /// Offers a directory. Refused when it is missing, no directory, or overlaps another export.
+    pub fn add_export(&self, spec: ExportSpec) -> Result<ExportId, CacheError> {
+        self.exports.add(spec, &self.nodes)
     }
-    pub fn close(&self, file: &Arc<CachedFile>, how: OpenHow, who: Holder) {}
-    pub fn fault(&self, ticket: u64, file: &Arc<CachedFile>, who: Holder, generation: u32, first: PageIndex, count: u32, hint: FaultHint) -> FaultOutcome {
-        FaultOutcome::Ready(Err(CacheError::Stopped))
+
+    /// Withdraws an export: nothing of it can be named any more; opens through it end, each told by
+    /// [`CacheEvent::Withdrawn`]; their pages are taken back.
+    pub fn remove_export(&self, id: ExportId) -> Result<(), CacheError> {
+        self.exports.remove(id)?;
+        for file in self.all_files() {
+            self.withdraw(&file, id);
+        }
+        self.kick_parked();
+        Ok(())
     }
-    pub fn read(&self, ticket: u64, file: &Arc<CachedFile>, who: Holder, offset: u64, len: u32) {
-        self.events.send(CacheEvent::Read { ticket, result: Err(CacheError::Stopped) });
+
+    /// The exports offered.
+    pub fn exports(&self) -> Vec<ExportInfo> {
+        self.exports.list()
     }
+
+    fn withdraw(&self, file: &Arc<CachedFile>, id: ExportId) {
+        let mut inner = file.inner.lock();
+        let (gone, left): (Vec<_>, Vec<_>) = inner.opens.iter().partition(|e| e.export == id);
+        if gone.is_empty() && file.node.export != id {
+            return;
+        }
+        inner.opens = left;
+        let now_ms = now_ms();
+        for entry in &gone {
+            self.end_opens(file, &mut inner, entry.who, false);
+            let who = entry.who;
+            let file = file.clone();
+            self.events.send(CacheEvent::Withdrawn { file, dom: who.dom, guest: who.guest });
+        }
+        if inner.opens.is_empty() {
+            self.bury(file, &mut inner, now_ms);
+        } else if !gone.is_empty() {
+            self.retire(file, &mut inner, RecallReason::Withdrawn, now_ms);
+            self.settle_now(file, &mut inner);
+        }
+        self.look_at(file, &inner);
+        drop(inner);
+        self.advance(file, true);
+    }
+
+    /// The newest content of a file.
     pub fn current(&self, file: &Arc<CachedFile>) -> FileState {
-        FileState { generation: 0, version: copage_grants::Version(0), bytes: 0, host_bounded: true }
+        file.inner.lock().state
     }
-    pub fn descriptor(&self, file: &Arc<CachedFile>, generation: u32) -> Result<OwnedFd, CacheError> { Err(CacheError::GenerationGone(generation)) }
-    pub fn unmapped(&self, file: &Arc<CachedFile>, who: Holder, generation: u32, first: PageIndex, count: u32) {}
-    pub fn recall_done(&self, file: &Arc<CachedFile>, generation: u32, first: PageIndex, count: u32, dom: DomId, end: RecallEnd) {}
-    pub fn guest_fenced(&self, who: Holder) {}
-    pub fn guest_ended(&self, who: Holder) {}
-    pub fn set_limits(&self, guest: GuestId, limits: GuestLimits) {}
-    pub fn lease_broken(&self, fd: RawFd) {}
-    pub fn inotify_fd(&self) -> Option<BorrowedFd<'_>> { None }
-    pub fn host_events(&self) {}
-    /// `now_ms` is CLOCK_BOOTTIME in ms, rising; every call of the cache that needs the time uses the last one given... 
-    /// Returns when it wants to be called next, in ms of the same clock; None: nothing waits.
-    pub fn tick(&self, now_ms: u64) -> Option<u64> { None }
-    pub fn reclaim(&self, pages: u64) -> u64 { 0 }
-    pub fn drop_all(&self) {}
-    pub fn set_frames_max(&self, frames_max: u32) -> Result<(), CacheError> { Err(CacheError::Stopped) }
-    pub fn stats(&self) -> CacheStats { CacheStats::default() }
-    pub fn pages(&self, node: &NodeRef) -> Result<Option<FilePages>, CacheError> { Ok(None) }
-    pub fn audit(&self) -> AuditReport { AuditReport::default() }
-    /// Stops the threads; requests that wait are answered Stopped.
-    pub fn shutdown(&self) { self.meta_pool.stop(); }
+
+    /// A new read-only descriptor of the home of `generation`, if that is the newest.
+    pub fn descriptor(&self, file: &Arc<CachedFile>, generation: u32) -> Result<OwnedFd, CacheError> {
+        let mut inner = file.inner.lock();
+        let home = inner.live_of(generation).ok_or(CacheError::GenerationGone(generation))?;
+        Ok(self.backend.home_descriptor(home.id)?)
+    }
+
+    /// Stops the threads. Requests that wait are answered with [`CacheError::Stopped`]; calls that
+    /// would need a thread are too.
+    pub fn shutdown(&self) {
+        self.meta_pool.stop();
+        self.fill_pool.stop();
+        for file in self.all_files() {
+            let mut inner = file.inner.lock();
+            for waiter in std::mem::take(&mut inner.waiters) {
+                self.answer_error(&waiter, CacheError::Stopped);
+            }
+        }
+    }
+
+    /// Every file known, retired ones too.
+    pub(crate) fn all_files(&self) -> Vec<Arc<CachedFile>> {
+        let mut files: HashMap<_, _> =
+            self.files.lock().values().map(|f| (f.id, f.clone())).collect();
+        files.extend(self.attention.lock().iter().map(|(id, f)| (*id, f.clone())));
+        files.into_values().collect()
+    }
+
+    pub(crate) fn new_file_id(&self) -> FileId {
+        FileId(self.next_file.fetch_add(1, Ordering::Relaxed))
+    }
+
+    pub(crate) fn new_version(&self) -> Version {
+        Version::new(self.config.epoch, self.next_version.fetch_add(1, Ordering::Relaxed))
+    }
+
+    pub(crate) fn new_idle_seq(&self) -> u64 {
+        self.next_idle.fetch_add(1, Ordering::Relaxed)
+    }
+
+    pub(crate) fn life(&self, dom: DomId) -> u64 {
+        self.lives.lock().get(&dom).copied().unwrap_or(0)
+    }
+}
+
+impl Drop for Cache {
+    fn drop(&mut self) {
+        self.meta_pool.stop();
+        self.fill_pool.stop();
+    }
+}
+
+/// CLOCK_BOOTTIME in ms: the clock of every time in this crate.
+pub(crate) fn now_ms() -> u64 {
+    let t = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    (t.tv_sec as u64).saturating_mul(1000) + t.tv_nsec as u64 / 1_000_000
 }

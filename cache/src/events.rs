@@ -189,6 +189,11 @@ impl EventSink {
             (self.wake)();
         }
     }
+
+    /// Wakes the receiver although there is no event: [`crate::Cache::tick`] wants to be called.
+    pub(crate) fn wake(&self) {
+        (self.wake)();
+    }
 }
 
 impl std::fmt::Debug for EventSink {

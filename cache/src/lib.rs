@@ -1,16 +1,27 @@
 //! Exports, files, pages and frames.
 #![forbid(unsafe_code)]
 
+mod advance;
+mod audit;
 mod cache;
 mod config;
 mod error;
 mod events;
 mod exports;
+mod fault;
 mod file;
+mod fill;
+mod frames;
+mod guests;
+mod host;
 pub mod limits;
 mod meta;
+mod open;
 mod pool;
+mod reclaim;
 mod report;
+mod retire;
+mod tick;
 mod tree;
 
 pub use cache::Cache;

@@ -85,7 +85,8 @@ impl Cache {
     /// Runs `op` on another thread; [`CacheEvent::Meta`] with `ticket` answers it, also when too
     /// many operations wait (EAGAIN).
     pub fn submit(&self, ticket: u64, op: MetaOp) {
-        if let Err(error) = self.meta_pool.push((ticket, op)) {
+        if self.meta_pool.push((ticket, op)).is_err() {
+            let error = CacheError::Busy("for names and attributes");
             self.events.send(CacheEvent::Meta { ticket, result: Err(error) });
         }
     }

@@ -56,15 +56,12 @@ impl<J: Send + 'static> Pool<J> {
         })
     }
 
-    /// Adds a job, or says that there are too many.
-    pub(crate) fn push(&self, job: J) -> Result<(), CacheError> {
+    /// Adds a job; gives it back when the pool has stopped or too many wait.
+    pub(crate) fn push(&self, job: J) -> Result<(), J> {
         let (state, wake) = &*self.shared;
         let mut state = state.lock();
-        if state.stopped {
-            return Err(CacheError::Stopped);
-        }
-        if state.jobs.len() >= self.jobs_max {
-            return Err(CacheError::Busy("metadata"));
+        if state.stopped || state.jobs.len() >= self.jobs_max {
+            return Err(job);
         }
         state.jobs.push_back(job);
         wake.notify_one();

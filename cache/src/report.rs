@@ -1,7 +1,14 @@
 //! What the cache shows of itself.
 
+use crate::cache::Cache;
 use crate::config::{GuestId, GuestLimits};
+use crate::error::CacheError;
+use crate::frames::FrameState;
+use crate::limits::HUGE_PAGES;
+use crate::tree::NodeRef;
 use copage_grants::{DomId, LedgerAudit, PageIndex, Version};
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
 
 /// Counts since the start, and sizes now.
 #[derive(Clone, Debug, Default)]
@@ -144,5 +151,128 @@ impl AuditReport {
     /// Nothing differs.
     pub fn is_clean(&self) -> bool {
         self.differences.is_empty() && self.ledger.differences.is_empty()
+    }
+}
+
+/// What is counted while it happens.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    pub fault_hits: AtomicU64,
+    pub fault_misses: AtomicU64,
+    pub fault_stale: AtomicU64,
+    pub fills: AtomicU64,
+    pub pages_filled: AtomicU64,
+    pub pages_refilled: AtomicU64,
+    pub bytes_direct: AtomicU64,
+    pub bytes_buffered: AtomicU64,
+    pub fill_errors: AtomicU64,
+    pub fills_dropped: AtomicU64,
+    pub reclaimed_idle: AtomicU64,
+    pub reclaimed_granted: AtomicU64,
+    pub reclaim_calls: AtomicU64,
+    pub recalls: AtomicU64,
+    pub generations_retired: AtomicU64,
+    pub leases_broken: AtomicU64,
+    pub parked: AtomicU64,
+}
+
+impl Cache {
+    /// Counts and sizes.
+    pub fn stats(&self) -> CacheStats {
+        let c = &self.counters;
+        let mut stats = CacheStats {
+            nodes: self.nodes.live(),
+            fault_hits: c.fault_hits.load(Relaxed),
+            fault_misses: c.fault_misses.load(Relaxed),
+            fault_stale: c.fault_stale.load(Relaxed),
+            fills: c.fills.load(Relaxed),
+            pages_filled: c.pages_filled.load(Relaxed),
+            pages_refilled: c.pages_refilled.load(Relaxed),
+            bytes_direct: c.bytes_direct.load(Relaxed),
+            bytes_buffered: c.bytes_buffered.load(Relaxed),
+            fill_errors: c.fill_errors.load(Relaxed),
+            fills_dropped: c.fills_dropped.load(Relaxed),
+            reclaimed_idle: c.reclaimed_idle.load(Relaxed),
+            reclaimed_granted: c.reclaimed_granted.load(Relaxed),
+            reclaim_calls: c.reclaim_calls.load(Relaxed),
+            recalls: c.recalls.load(Relaxed),
+            generations_retired: c.generations_retired.load(Relaxed),
+            leases_broken: c.leases_broken.load(Relaxed),
+            parked: c.parked.load(Relaxed),
+            ..CacheStats::default()
+        };
+        let mut index_bytes = 0;
+        for file in self.all_files() {
+            let inner = file.inner.lock();
+            stats.files += 1;
+            stats.files_open += u64::from(!inner.opens.is_empty());
+            stats.files_host_bounded += u64::from(inner.state.host_bounded);
+            stats.homes_retired += inner.old.len() as u64;
+            stats.waiting += inner.waiters.len() as u64;
+            for home in inner.old.iter().chain(&inner.live) {
+                stats.huge_units += home.huge.len() as u64;
+                index_bytes += home.index.bytes();
+            }
+        }
+        let table = self.frames.lock();
+        let count = |state| table.count(state);
+        stats.frames_max = table.budget();
+        stats.frames_free = table.available();
+        stats.frames_granted = count(FrameState::Granted) + count(FrameState::Recalling);
+        stats.frames_pinned = count(FrameState::Held);
+        stats.frames_filling = count(FrameState::Filling);
+        stats.frames_quarantined = count(FrameState::Quarantined);
+        stats.frames_resident =
+            table.used() - stats.frames_filling - stats.frames_quarantined;
+        stats.metadata_bytes = table.bytes() + index_bytes;
+        stats.guests = table
+            .accounts
+            .all()
+            .map(|(guest, a)| GuestStats {
+                guest,
+                limits: a.limits,
+                frames: a.frames,
+                pinned_pages: a.pinned,
+                quarantined_pages: a.quarantined,
+            })
+            .collect();
+        stats
+    }
+
+    /// The resident pages of a file, if it is cached.
+    pub fn pages(&self, node: &NodeRef) -> Result<Option<FilePages>, CacheError> {
+        let key = (self.exports.group(node.export)?, node.dev, node.ino);
+        let Some(file) = self.files.lock().get(&key).cloned() else { return Ok(None) };
+        let inner = file.inner.lock();
+        let mut out = FilePages {
+            generation: inner.state.generation,
+            version: inner.state.version,
+            bytes: inner.state.bytes,
+            host_bounded: inner.state.host_bounded,
+            resident: 0,
+            pins: 0,
+            runs: Vec::new(),
+            quarantined: inner.old.iter().map(|h| h.index.len() as u64).sum(),
+        };
+        let Some(home) = inner.live.as_ref() else { return Ok(Some(out)) };
+        out.resident = home.index.len() as u64;
+        out.pins = home.pinners.len() as u32;
+        for (page, frame) in home.index.pages() {
+            let mut holders = Vec::new();
+            self.backend.holders(frame, &mut holders);
+            holders.sort_unstable();
+            let huge = home.huge.contains(&(page / HUGE_PAGES));
+            match out.runs.last_mut() {
+                Some(run)
+                    if run.first.0 + u64::from(run.count) == u64::from(page)
+                        && run.holders == holders
+                        && run.huge == huge =>
+                {
+                    run.count += 1;
+                }
+                _ => out.runs.push(PageRun { first: PageIndex(page.into()), count: 1, holders, huge }),
+            }
+        }
+        Ok(Some(out))
     }
 }

@@ -1,0 +1,84 @@
+//! The home of one generation: where its pages live.
+
+use super::index::Index;
+use crate::config::GuestId;
+use crate::events::RecallReason;
+use copage_grants::{DomId, HomeId, pages_for};
+use std::collections::BTreeSet;
+
+/// A guest that pinned the home. It is charged until the kernel says that nobody has it open.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Charge {
+    pub guest: GuestId,
+    pub quarantined: bool,
+}
+
+#[derive(Debug)]
+pub(crate) struct Home {
+    pub id: HomeId,
+    /// The number by which frames name it.
+    pub slot: u32,
+    pub generation: u32,
+    pub bytes: u64,
+    pub index: Index,
+    /// 2 MiB units backed by one huge frame, by number.
+    pub huge: BTreeSet<u32>,
+    /// Stores and collapses under way without the file's lock: it cannot be emptied meanwhile.
+    pub busy: u32,
+    /// Units being collapsed: none of their pages is taken away.
+    pub collapsing: BTreeSet<u32>,
+    /// A descriptor went out that maps without a fault handler: a hole would read as zeros.
+    pub exposed: bool,
+    /// One entry for each open that pins it, also while it is being filled.
+    pub pinners: Vec<DomId>,
+    pub charges: Vec<Charge>,
+    /// Its pages are in the count of pinned pages of the frame table.
+    pub reserved: bool,
+    /// Pages for which a recall is under way.
+    pub recalling: u32,
+    /// When it was retired, or last unpinned, in ms.
+    pub since_ms: u64,
+    /// When the kernel is asked next whether it is in use, in ms.
+    pub poll_ms: u64,
+    /// Recalls of all its pages went out.
+    pub recalled: bool,
+    pub reason: RecallReason,
+}
+
+impl Home {
+    pub(crate) fn new(id: HomeId, slot: u32, generation: u32, bytes: u64) -> Self {
+        Self {
+            id,
+            slot,
+            generation,
+            bytes,
+            index: Index::default(),
+            huge: BTreeSet::new(),
+            busy: 0,
+            collapsing: BTreeSet::new(),
+            exposed: false,
+            pinners: Vec::new(),
+            charges: Vec::new(),
+            reserved: false,
+            recalling: 0,
+            since_ms: 0,
+            poll_ms: 0,
+            recalled: false,
+            reason: RecallReason::Changed,
+        }
+    }
+
+    /// Its length in pages.
+    pub(crate) fn pages(&self) -> u64 {
+        pages_for(self.bytes)
+    }
+
+    pub(crate) fn is_pinned(&self) -> bool {
+        !self.pinners.is_empty()
+    }
+
+    /// Frames of it are in no queue.
+    pub(crate) fn holds_frames(&self) -> bool {
+        !self.pinners.is_empty() || self.exposed
+    }
+}

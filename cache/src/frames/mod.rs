@@ -1,0 +1,8 @@
+//! Frames: one array of metadata, the queues threaded through it, and what guests are charged.
+
+mod accounts;
+mod ghost;
+mod table;
+
+pub(crate) use accounts::{Account, Accounts};
+pub(crate) use table::{FrameState, FrameTable};

@@ -1,0 +1,389 @@
+//! The table of frames.
+
+use super::{accounts::Accounts, ghost::Ghosts};
+use crate::config::GuestId;
+use crate::file::CachedFile;
+use crate::limits::{WATERMARK_DIVISOR, WATERMARK_FRAMES_MAX};
+use copage_grants::FrameNo;
+use std::sync::Weak;
+
+/// "No frame" in the queues, "no guest" for the charge.
+const NONE: u32 = u32::MAX;
+
+/// What a frame is used for. The first four are queues.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum FrameState {
+    /// Holds nothing.
+    Free,
+    /// Resident, granted to nobody, seen once.
+    Small,
+    /// Resident, granted to nobody, seen more than once.
+    Main,
+    /// Resident and granted; in the order of the latest grant.
+    Granted,
+    /// Taken for a fill.
+    Filling,
+    /// Chosen to be given back; whoever finds it in the index first decides.
+    Evicting,
+    /// Granted; its holders were asked to let go.
+    Recalling,
+    /// Of a home that is pinned, or was and may be mapped.
+    Held,
+    /// Of a retired home.
+    Quarantined,
+}
+
+const STATES: usize = 9;
+const QUEUES: usize = 4;
+
+/// 24 bytes a frame; with ghosts (4) and its place in an index (at most 27) below the 64 allowed.
+#[derive(Clone, Copy, Debug)]
+struct Meta {
+    /// The home's slot.
+    slot: u32,
+    page: u32,
+    prev: u32,
+    next: u32,
+    owner: u32,
+    state: FrameState,
+    /// Uses since it came (0 to 3), spent for further rounds in a queue.
+    uses: u8,
+}
+
+const _: () = assert!(size_of::<Meta>() == 24);
+
+#[derive(Clone, Copy, Debug)]
+struct Ends {
+    head: u32,
+    tail: u32,
+}
+
+/// All frames, their queues, and the charges.
+#[derive(Debug)]
+pub(crate) struct FrameTable {
+    metas: Box<[Meta]>,
+    queues: [Ends; QUEUES],
+    counts: [u32; STATES],
+    ghosts: Ghosts,
+    budget: u32,
+    slots: Vec<Option<Weak<CachedFile>>>,
+    slots_free: Vec<u32>,
+    /// Who is charged what.
+    pub accounts: Accounts,
+    /// Pages that pinned homes have or will have.
+    pub pin_pages: u64,
+}
+
+impl FrameTable {
+    pub(crate) fn new(frames: u32) -> Self {
+        let meta = Meta {
+            slot: NONE,
+            page: 0,
+            prev: NONE,
+            next: NONE,
+            owner: NONE,
+            state: FrameState::Filling,
+            uses: 0,
+        };
+        let mut table = Self {
+            metas: vec![meta; frames as usize].into_boxed_slice(),
+            queues: [Ends { head: NONE, tail: NONE }; QUEUES],
+            counts: [0; STATES],
+            ghosts: Ghosts::new(frames),
+            budget: frames,
+            slots: Vec::new(),
+            slots_free: Vec::new(),
+            accounts: Accounts::default(),
+            pin_pages: 0,
+        };
+        table.counts[FrameState::Filling as usize] = frames;
+        for n in 0..frames {
+            table.set_state(FrameNo(n), FrameState::Free);
+        }
+        table
+    }
+
+    pub(crate) fn capacity(&self) -> u32 {
+        self.metas.len() as u32
+    }
+
+    pub(crate) fn budget(&self) -> u32 {
+        self.budget
+    }
+
+    pub(crate) fn set_budget(&mut self, frames: u32) {
+        self.budget = frames.min(self.capacity());
+    }
+
+    pub(crate) fn count(&self, state: FrameState) -> u32 {
+        self.counts[state as usize]
+    }
+
+    /// Frames that hold something or are about to.
+    pub(crate) fn used(&self) -> u32 {
+        self.capacity() - self.count(FrameState::Free)
+    }
+
+    /// Frames that may be taken.
+    pub(crate) fn available(&self) -> u32 {
+        self.budget.saturating_sub(self.used())
+    }
+
+    /// Below this many available frames, some are given back ahead of need.
+    pub(crate) fn watermark(&self) -> u32 {
+        (self.budget / WATERMARK_DIVISOR).min(WATERMARK_FRAMES_MAX)
+    }
+
+    /// Could anything be given back, now or when somebody answers?
+    pub(crate) fn any_reclaimable(&self) -> bool {
+        use FrameState::*;
+        [Small, Main, Granted, Filling, Evicting, Recalling].iter().any(|s| self.count(*s) > 0)
+            || self.available() > 0
+    }
+
+    pub(crate) fn state(&self, frame: FrameNo) -> FrameState {
+        self.metas[frame.0 as usize].state
+    }
+
+    /// The home's slot and the page that a frame holds.
+    pub(crate) fn place(&self, frame: FrameNo) -> (u32, u32) {
+        let meta = &self.metas[frame.0 as usize];
+        (meta.slot, meta.page)
+    }
+
+    /// Moves a frame to a state; for a queue, to its end.
+    pub(crate) fn set_state(&mut self, frame: FrameNo, state: FrameState) {
+        self.unlink(frame.0);
+        let old = self.metas[frame.0 as usize].state;
+        self.counts[old as usize] -= 1;
+        self.counts[state as usize] += 1;
+        self.metas[frame.0 as usize].state = state;
+        let Some(ends) = self.queues.get_mut(state as usize) else { return };
+        let tail = ends.tail;
+        ends.tail = frame.0;
+        if tail == NONE {
+            ends.head = frame.0;
+        } else {
+            self.metas[tail as usize].next = frame.0;
+        }
+        self.metas[frame.0 as usize].prev = tail;
+    }
+
+    fn unlink(&mut self, n: u32) {
+        let Meta { prev, next, state, .. } = self.metas[n as usize];
+        let Some(ends) = self.queues.get_mut(state as usize) else { return };
+        if prev == NONE {
+            ends.head = next;
+        }
+        if next == NONE {
+            ends.tail = prev;
+        }
+        if prev != NONE {
+            self.metas[prev as usize].next = next;
+        }
+        if next != NONE {
+            self.metas[next as usize].prev = prev;
+        }
+        self.metas[n as usize].prev = NONE;
+        self.metas[n as usize].next = NONE;
+    }
+
+    /// Takes up to `count` free frames of the budget.
+    pub(crate) fn take(&mut self, count: u32, out: &mut Vec<FrameNo>) {
+        for _ in 0..count.min(self.available()) {
+            let head = self.queues[FrameState::Free as usize].head;
+            if head == NONE {
+                return;
+            }
+            self.set_state(FrameNo(head), FrameState::Filling);
+            out.push(FrameNo(head));
+        }
+    }
+
+    /// A page came: `true` when it had been given back not long before.
+    pub(crate) fn filled(&mut self, frame: FrameNo, slot: u32, file: u64, page: u32, held: bool) -> bool {
+        let known = self.ghosts.take(file, page);
+        let meta = &mut self.metas[frame.0 as usize];
+        (meta.slot, meta.page, meta.owner) = (slot, page, NONE);
+        meta.uses = u8::from(known);
+        let state = match (held, known) {
+            (true, _) => FrameState::Held,
+            (false, true) => FrameState::Main,
+            (false, false) => FrameState::Small,
+        };
+        self.set_state(frame, state);
+        known
+    }
+
+    /// Somebody was granted the frame. The first one is charged.
+    pub(crate) fn granted(&mut self, frame: FrameNo, guest: GuestId) {
+        let meta = &mut self.metas[frame.0 as usize];
+        if meta.owner == NONE {
+            meta.owner = guest;
+            self.accounts.of(guest).frames += 1;
+        }
+        if !matches!(self.state(frame), FrameState::Held | FrameState::Quarantined) {
+            self.set_state(frame, FrameState::Granted);
+        }
+    }
+
+    /// Nobody holds a grant of the frame any more.
+    pub(crate) fn ungranted(&mut self, frame: FrameNo) {
+        self.discharge(frame);
+        if matches!(self.state(frame), FrameState::Granted | FrameState::Recalling) {
+            self.set_state(frame, FrameState::Main);
+        }
+    }
+
+    /// Charges the frame to another guest, because the one that was charged let go.
+    pub(crate) fn charge_to(&mut self, frame: FrameNo, guest: GuestId) {
+        self.discharge(frame);
+        self.metas[frame.0 as usize].owner = guest;
+        self.accounts.of(guest).frames += 1;
+    }
+
+    /// Who is charged for the frame.
+    pub(crate) fn owner(&self, frame: FrameNo) -> Option<GuestId> {
+        Some(self.metas[frame.0 as usize].owner).filter(|g| *g != NONE)
+    }
+
+    fn discharge(&mut self, frame: FrameNo) {
+        if let Some(owner) = self.owner(frame) {
+            self.metas[frame.0 as usize].owner = NONE;
+            let account = self.accounts.of(owner);
+            account.frames = account.frames.saturating_sub(1);
+        }
+    }
+
+    /// A page was copied for somebody.
+    pub(crate) fn used_once(&mut self, frame: FrameNo) {
+        let meta = &mut self.metas[frame.0 as usize];
+        meta.uses = (meta.uses + 1).min(3);
+    }
+
+    /// The frame holds nothing any more. `remember`: it was given back for want of memory.
+    pub(crate) fn release(&mut self, frame: FrameNo, file: u64, remember: bool) {
+        if remember {
+            let page = self.metas[frame.0 as usize].page;
+            self.ghosts.remember(file, page);
+        }
+        self.discharge(frame);
+        self.metas[frame.0 as usize].slot = NONE;
+        self.set_state(frame, FrameState::Free);
+    }
+
+    /// Chooses up to `count` frames that nobody holds. Pages seen once go first while they are
+    /// more than a tenth of all such; what was used since gets another round.
+    pub(crate) fn pick_idle(&mut self, count: u32, out: &mut Vec<FrameNo>) {
+        let mut rounds = count.saturating_mul(4);
+        while (out.len() as u32) < count && rounds > 0 {
+            rounds -= 1;
+            let (small, main) = (self.count(FrameState::Small), self.count(FrameState::Main));
+            let from_small = small > 0 && (main == 0 || small > main / 9);
+            let queue = if from_small { FrameState::Small } else { FrameState::Main };
+            let head = self.queues[queue as usize].head;
+            if head == NONE {
+                return;
+            }
+            let meta = &mut self.metas[head as usize];
+            if meta.uses > 0 && rounds > count {
+                meta.uses -= 1;
+                self.set_state(FrameNo(head), FrameState::Main);
+            } else {
+                self.set_state(FrameNo(head), FrameState::Evicting);
+                out.push(FrameNo(head));
+            }
+        }
+    }
+
+    /// Chooses up to `count` frames whose latest grant is the longest ago, as `state`.
+    pub(crate) fn pick_granted(&mut self, count: u32, state: FrameState, out: &mut Vec<FrameNo>) {
+        let goal = out.len() + count as usize;
+        let mut rounds = count.saturating_mul(2);
+        while out.len() < goal && rounds > 0 {
+            rounds -= 1;
+            let head = self.queues[FrameState::Granted as usize].head;
+            if head == NONE {
+                return;
+            }
+            let meta = &mut self.metas[head as usize];
+            if meta.uses > 0 && rounds > count {
+                meta.uses -= 1;
+                self.set_state(FrameNo(head), FrameState::Granted);
+            } else {
+                self.set_state(FrameNo(head), state);
+                out.push(FrameNo(head));
+            }
+        }
+    }
+
+    /// A number by which frames name a home of `file`.
+    pub(crate) fn add_slot(&mut self, file: Weak<CachedFile>) -> u32 {
+        if let Some(slot) = self.slots_free.pop() {
+            self.slots[slot as usize] = Some(file);
+            return slot;
+        }
+        self.slots.push(Some(file));
+        self.slots.len() as u32 - 1
+    }
+
+    pub(crate) fn drop_slot(&mut self, slot: u32) {
+        self.slots[slot as usize] = None;
+        self.slots_free.push(slot);
+    }
+
+    pub(crate) fn slot_file(&self, slot: u32) -> Option<Weak<CachedFile>> {
+        self.slots.get(slot as usize)?.clone()
+    }
+
+    pub(crate) fn bytes(&self) -> u64 {
+        size_of_val(&*self.metas) as u64 + self.ghosts.bytes() + self.slots.capacity() as u64 * 16
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frames_go_round() {
+        let mut table = FrameTable::new(64);
+        assert_eq!(table.available(), 64);
+        let mut frames = Vec::new();
+        table.take(10, &mut frames);
+        assert_eq!((frames.len(), table.available()), (10, 54));
+        for (n, frame) in frames.iter().enumerate() {
+            assert!(!table.filled(*frame, 0, 1, n as u32, false));
+        }
+        table.granted(frames[0], 5);
+        assert_eq!(table.accounts.of(5).frames, 1);
+        let mut out = Vec::new();
+        table.pick_idle(64, &mut out);
+        assert_eq!(out.len(), 9);
+        assert!(!out.contains(&frames[0]), "a granted frame is in no queue of idle ones");
+        for frame in out.drain(..) {
+            table.release(frame, 1, true);
+        }
+        table.pick_granted(4, FrameState::Evicting, &mut out);
+        assert_eq!(out, [frames[0]]);
+        table.release(frames[0], 1, true);
+        assert_eq!((table.available(), table.accounts.of(5).frames), (64, 0));
+        table.take(1, &mut out);
+        assert!(table.filled(out[1], 0, 1, 0, false), "the ghost is known");
+        assert_eq!(table.state(out[1]), FrameState::Main);
+    }
+
+    #[test]
+    fn a_smaller_budget_gives_no_frames_until_used_is_below() {
+        let mut table = FrameTable::new(64);
+        let mut frames = Vec::new();
+        table.take(40, &mut frames);
+        table.set_budget(32);
+        assert_eq!(table.available(), 0);
+        for frame in frames.drain(..20) {
+            table.release(frame, 0, false);
+        }
+        assert_eq!(table.available(), 12);
+    }
+}
