@@ -209,7 +209,7 @@ impl Core {
                     dom: s.who.dom.0,
                     epoch: s.epoch.0,
                     uid: conn.peer.uid,
-                    pid: conn.peer.pid.cast_signed(),
+                    pid: i32::try_from(conn.peer.pid).unwrap_or(0),
                     connected_ms: now_ms.saturating_sub(s.connected_ms),
                     lease_left_ms,
                     handles: s.handles.len() as u64,

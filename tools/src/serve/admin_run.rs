@@ -112,7 +112,7 @@ fn run(cache: &Cache, backend: &dyn Backend, job: Job) -> Done {
             names,
         } => match pages(cache, &path, &exports, &names) {
             Ok(entry) => AdminReply::Pages(entry),
-            Err(reply) => reply,
+            Err((errno, text)) => AdminReply::Error { errno, text },
         },
         Job::Grants {
             guest,
@@ -258,14 +258,11 @@ fn pages(
     path: &Path,
     exports: &[(String, ExportId, PathBuf)],
     names: &Names,
-) -> Result<FilePagesEntry, AdminReply> {
+) -> Result<FilePagesEntry, (i32, String)> {
     let Some((export, rest)) = split(path, exports) else {
-        return Err(AdminReply::Error {
-            errno: libc::ENOENT,
-            text: format!("{} is in no export", path.display()),
-        });
+        return Err((libc::ENOENT, format!("{} is in no export", path.display())));
     };
-    let node = walk(cache, export, rest).map_err(|e| refused(&e))?;
+    let node = walk(cache, export, rest).map_err(|e| (e.errno(), e.to_string()))?;
     let mut entry = FilePagesEntry {
         path: path.to_owned(),
         cached: false,
@@ -280,7 +277,7 @@ fn pages(
         quarantined_pages: 0,
         runs: Vec::new(),
     };
-    let Some(found) = cache.pages(&node).map_err(|e| refused(&e))? else {
+    let Some(found) = cache.pages(&node).map_err(|e| (e.errno(), e.to_string()))? else {
         return Ok(entry);
     };
     entry.cached = true;

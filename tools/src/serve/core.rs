@@ -60,9 +60,7 @@ impl Core {
         if let Some(signals) = &signals {
             poller.add(signals, Source::Signals, Interest::READ)?;
         }
-        if let Some(host) = ctx.cache.inotify_fd() {
-            poller.add(host, Source::Host, Interest::READ)?;
-        }
+        poller.add(ctx.cache.inotify_fd(), Source::Host, Interest::READ)?;
         Ok(Self {
             ctx,
             conns: HashMap::new(),

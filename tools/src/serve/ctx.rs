@@ -218,7 +218,7 @@ impl Ctx {
         };
         let reply = Reply::Error {
             errno,
-            text: text[..end].as_bytes(),
+            text: &text.as_bytes()[..end],
         };
         match reply.encode(request, epoch, &mut self.wire) {
             Ok(()) => conn.send(&self.wire, None),
