@@ -8,7 +8,7 @@ use std::io;
 #[derive(Debug, thiserror::Error)]
 pub enum ExecError {
     /// The share refused.
-    #[error("{path}: {source}")]
+    #[error("{path}")]
     Share {
         /// Which file.
         path: String,
@@ -49,7 +49,7 @@ pub enum ExecError {
         perm: u16,
     },
     /// Not ELF and no script, or broken.
-    #[error("{path} cannot be run: {source}")]
+    #[error("{path} cannot be run")]
     Elf {
         /// Which.
         path: String,
@@ -134,7 +134,7 @@ pub enum ExecError {
         path: String,
     },
     /// A system call of this process failed.
-    #[error("{call}: {source}")]
+    #[error("{call}")]
     Sys {
         /// The call, with what it was for.
         call: &'static str,

@@ -17,8 +17,15 @@ pub enum MountError {
         export: String,
     },
     /// `/dev/fuse` is not there.
-    #[error("this machine has no FUSE ({source}): load it (modprobe fuse), or give the container /dev/fuse")]
+    #[error("this machine has no FUSE: load it (modprobe fuse), or give the container /dev/fuse")]
     NoFuse {
+        /// What opening it gave.
+        #[source]
+        source: io::Error,
+    },
+    /// `/dev/fuse` is there, for others.
+    #[error("you may not open /dev/fuse (distributions give it mode 0666)")]
+    NoDevice {
         /// What opening it gave.
         #[source]
         source: io::Error,
@@ -26,7 +33,7 @@ pub enum MountError {
     /// Neither the right to mount nor a helper that has it.
     #[error(
         "mounting needs root, or fusermount3 (package fuse3) for other users, or a user namespace \
-         (unshare -rm): {source}"
+         (unshare -rm)"
     )]
     NoRight {
         /// What mounting gave.
@@ -34,7 +41,7 @@ pub enum MountError {
         source: io::Error,
     },
     /// The directory is not there, or cannot be looked at.
-    #[error("{}: {source}", dir.display())]
+    #[error("{} cannot be used", dir.display())]
     Dir {
         /// Which.
         dir: PathBuf,
@@ -88,7 +95,7 @@ pub enum MountError {
         dir: PathBuf,
     },
     /// A system call failed.
-    #[error("{call}: {source}")]
+    #[error("{call}")]
     Sys {
         /// The call, with what it was for.
         call: &'static str,

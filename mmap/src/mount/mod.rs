@@ -89,7 +89,10 @@ pub fn mount(options: &Options) -> Result<Mounted, MountError> {
         .read(true)
         .write(true)
         .open("/dev/fuse")
-        .map_err(|source| MountError::NoFuse { source })?;
+        .map_err(|source| match source.kind() {
+            io::ErrorKind::PermissionDenied => MountError::NoDevice { source },
+            _ => MountError::NoFuse { source },
+        })?;
     let link = Link::new(options.target.clone())?;
     if link.last().export.mode() != ExportMode::ReadOnly {
         return Err(MountError::Mode { export: link.target().export.clone() });

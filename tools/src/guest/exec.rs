@@ -70,8 +70,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let mut running = match command.start(&export) {
         Ok(running) => running,
         Err(e) => {
-            eprintln!("copage exec: {e}");
-            return Ok(ExitCode::from(e.exit_status()));
+            let status = e.exit_status();
+            eprintln!("copage exec: {:#}", anyhow::Error::from(e));
+            return Ok(ExitCode::from(status));
         }
     };
     let began = Instant::now();

@@ -26,7 +26,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let mut code = ExitCode::SUCCESS;
     for dir in &args.dirs {
         if let Err(e) = copage_mmap::mount::umount(dir, args.lazy) {
-            eprintln!("copage umount: {e}");
+            eprintln!("copage umount: {:#}", anyhow::Error::from(e));
             code = ExitCode::FAILURE;
         }
     }
