@@ -6,11 +6,14 @@ use copage_coherence::msg::{
     Notice, OpenHow, OpenedFlags, PageRange, Reply, Request, WelcomeFlags, decode_header,
 };
 use copage_grants::channel::{Channel, ChannelError, Listener};
-use copage_grants::{DomId, Epoch, PAGE_SIZE, PageIndex, Version, pages_for};
+use copage_grants::{
+    Backend, DomId, Epoch, FrameNo, HomeId, HomeSpec, LocalBackend, LocalConfig, PAGE_SIZE,
+    PageIndex, Version, pages_for,
+};
 use parking_lot::{Condvar, Mutex};
-use rustix::fs::{FallocateFlags, MemfdFlags, Mode, OFlags};
+use rustix::fs::{Mode, OFlags};
 use std::collections::{HashMap, HashSet};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,40 +25,60 @@ pub(super) fn word(generation: u32, page: u64) -> u64 {
     (u64::from(generation) << 40) | (page + 1)
 }
 
-/// One content of the one file.
+/// One content of the one file, in a home of the real backend.
 pub(super) struct Home {
-    write: OwnedFd,
+    backend: Arc<LocalBackend>,
+    id: HomeId,
     read: OwnedFd,
     pub(super) bytes: u64,
 }
 
+/// Frames are numbered like pages: the fake keeps no ledger.
+fn frames(first: u64, pages: u64) -> Vec<FrameNo> {
+    (first..first + pages)
+        .map(|page| FrameNo(page as u32))
+        .collect()
+}
+
 impl Home {
-    fn new(bytes: u64) -> Self {
-        let write = rustix::fs::memfd_create(c"frames", MemfdFlags::CLOEXEC).unwrap();
-        rustix::fs::ftruncate(&write, bytes).unwrap();
-        let path = format!("/proc/self/fd/{}", write.as_raw_fd());
-        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-        let read = rustix::fs::open(path, flags, Mode::empty()).unwrap();
-        Self { write, read, bytes }
+    fn new(backend: &Arc<LocalBackend>, bytes: u64) -> Self {
+        let id = backend
+            .open_home(&HomeSpec {
+                label: "f".into(),
+                bytes,
+            })
+            .unwrap();
+        let read = backend.home_descriptor(id).unwrap();
+        Self {
+            backend: Arc::clone(backend),
+            id,
+            read,
+            bytes,
+        }
     }
 
-    fn fill(&self, generation: u32, page: u64) {
-        let mut data = Vec::with_capacity(PAGE_SIZE);
-        for _ in 0..PAGE_SIZE / 8 {
-            data.extend_from_slice(&word(generation, page).to_le_bytes());
+    fn fill(&self, generation: u32, first: u64, pages: u64) {
+        if pages == 0 {
+            return;
         }
-        let at = page * PAGE_SIZE as u64;
-        data.truncate((self.bytes - at).min(PAGE_SIZE as u64) as usize);
-        assert_eq!(
-            rustix::io::pwrite(&self.write, &data, at).unwrap(),
-            data.len()
-        );
+        let mut data = Vec::with_capacity(pages as usize * PAGE_SIZE);
+        for page in first..first + pages {
+            data.extend_from_slice(&word(generation, page).to_le_bytes().repeat(PAGE_SIZE / 8));
+        }
+        let until = (self.bytes - first * PAGE_SIZE as u64).min(data.len() as u64) as usize;
+        data[until..].fill(0);
+        let frames = frames(first, pages);
+        self.backend
+            .store(self.id, PageIndex(first), &frames, &data)
+            .unwrap();
     }
 
     pub(super) fn punch(&self, first: u64, pages: u64) {
-        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        let page = PAGE_SIZE as u64;
-        rustix::fs::fallocate(&self.write, flags, first * page, pages * page).unwrap();
+        let pages = pages.min(pages_for(self.bytes) - first);
+        let frames = frames(first, pages);
+        self.backend
+            .discard(self.id, PageIndex(first), &frames)
+            .unwrap();
     }
 }
 
@@ -103,6 +126,7 @@ pub(super) struct State {
 
 pub(super) struct Fake {
     dir: tempfile::TempDir,
+    backend: Arc<LocalBackend>,
     pub(super) state: Mutex<State>,
     changed: Condvar,
     ttl_ms: u32,
@@ -116,14 +140,16 @@ impl Fake {
 
     pub(super) fn start_with(bytes: u64, ttl_ms: u32) -> Arc<Self> {
         let dir = tempfile::tempdir().unwrap();
+        let backend = Arc::new(LocalBackend::new(LocalConfig::default()).unwrap());
         let mut state = State {
             newest: 1,
             grant_max: u32::MAX,
             ..State::default()
         };
-        state.homes.insert(1, Home::new(bytes));
+        state.homes.insert(1, Home::new(&backend, bytes));
         let fake = Arc::new(Self {
             dir,
+            backend,
             state: Mutex::new(state),
             changed: Condvar::new(),
             ttl_ms,
@@ -220,11 +246,11 @@ impl Fake {
     pub(super) fn change(&self, bytes: u64, force: bool) -> u32 {
         let mut state = self.state.lock();
         let newest = state.newest + 1;
-        state.homes.insert(newest, Home::new(bytes));
+        state.homes.insert(newest, Home::new(&self.backend, bytes));
         state.newest = newest;
         if force {
             let old = &state.homes[&(newest - 1)];
-            old.punch(0, pages_for(old.bytes).max(1));
+            old.punch(0, pages_for(old.bytes));
         }
         newest
     }
@@ -332,7 +358,7 @@ impl State {
             }),
             Request::Open { how, .. } => {
                 if how == OpenHow::Pin {
-                    (0..pages_for(newest.bytes)).for_each(|p| newest.fill(self.newest, p));
+                    newest.fill(self.newest, 0, pages_for(newest.bytes));
                 }
                 let opened = Reply::Opened {
                     file: FileToken(5),
@@ -422,7 +448,7 @@ impl State {
         if self.thrash {
             newest.punch(0, pages_for(newest.bytes));
         }
-        (first..end).for_each(|page| newest.fill(self.newest, page));
+        newest.fill(self.newest, first, end - first);
         let granted = Reply::Granted {
             generation,
             range: PageRange {

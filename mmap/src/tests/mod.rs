@@ -1,8 +1,8 @@
-//! The library against a fake daemon over a real channel, with real userfaultfds and real frame
-//! files (memfds opened again for reading).
+//! The library against a fake daemon over a real channel, with real userfaultfds and the frame files
+//! of the real `local` backend.
 //!
-//! What these cannot show: that the real daemon keeps its side, that its frames cannot be written
-//! (the memfds here can, by the same user), and anything of Xen.
+//! What these cannot show: that the real daemon keeps its side (its ledger is not used here), what a
+//! full or slow machine does, kernels other than this one, and anything of Xen.
 
 mod fake;
 mod faults;
