@@ -10,6 +10,7 @@ use crate::fill::Job;
 use crate::limits::{FILL_PAGES_MAX, HUGE_PAGES, PIN_TRIES_MAX};
 use copage_grants::{PAGE_SIZE, PAGE_SIZE_U64, PageIndex};
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 
 /// How far a waiter came.
 enum Step {
@@ -336,7 +337,13 @@ impl Cache {
 
     /// The file's requests are looked at again when frames came free.
     pub(crate) fn park(&self, file: &Arc<CachedFile>) {
-        self.parked.lock().insert(file.id, file.clone());
+        let mut parked = self.parked.lock();
+        if parked.is_empty() {
+            self.parked_ms.store(now_ms(), Relaxed);
+        }
+        parked.insert(file.id, file.clone());
+        drop(parked);
+        self.events.wake();
     }
 
     /// Frames or grants came free: whoever waits for them tries again.

@@ -42,6 +42,8 @@ pub struct Cache {
     pub(crate) attention: Mutex<HashMap<FileId, Arc<CachedFile>>>,
     /// Files with requests that wait for frames or grants.
     pub(crate) parked: Mutex<HashMap<FileId, Arc<CachedFile>>>,
+    /// When the first of these was put there, in ms.
+    pub(crate) parked_ms: AtomicU64,
     /// Files that nobody has open, oldest first.
     pub(crate) idle: Mutex<VecDeque<(FileKey, u64)>>,
     /// How many sessions of each domid have ended: an open that began before does not count after.
@@ -82,6 +84,7 @@ impl Cache {
             files: Mutex::default(),
             attention: Mutex::default(),
             parked: Mutex::default(),
+            parked_ms: AtomicU64::new(0),
             idle: Mutex::default(),
             lives: Mutex::default(),
             guests: Mutex::default(),
@@ -165,10 +168,14 @@ impl Cache {
         file.inner.lock().state
     }
 
-    /// A new read-only descriptor of the home of `generation`, if that is the newest.
+    /// A new read-only descriptor of the home of `generation`, if that is the newest or is pinned.
     pub fn descriptor(&self, file: &Arc<CachedFile>, generation: u32) -> Result<OwnedFd, CacheError> {
         let mut inner = file.inner.lock();
-        let home = inner.live_of(generation).ok_or(CacheError::GenerationGone(generation))?;
+        let newest = inner.state.generation == generation;
+        let home = inner
+            .home_of(generation)
+            .filter(|h| newest || h.is_pinned() && h.exposed)
+            .ok_or(CacheError::GenerationGone(generation))?;
         Ok(self.backend.home_descriptor(home.id)?)
     }
 

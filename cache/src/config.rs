@@ -74,6 +74,8 @@ pub struct Holder {
     pub dom: copage_grants::DomId,
     /// The guest by name.
     pub guest: GuestId,
+    /// Whose lazily filled homes it maps.
+    pub class: copage_grants::TrustClass,
 }
 
 /// What one guest may have.

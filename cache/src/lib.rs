@@ -1,4 +1,23 @@
 //! Exports, files, pages and frames.
+//!
+//! A *cached file* is an inode of one share group. Its content counts in *generations*; each has one
+//! *home* of the backend, in which its pages lie. A fault of resident pages is granted under the
+//! file's lock; missing ones are filled by jobs of a bounded pool, which take frames first, read
+//! without a lock, and look once more at the file's times before they publish what they read.
+//!
+//! # Locks
+//! Taken in this order; none is held across a read of a host's file.
+//!
+//! | lock | protects | beside it may be taken |
+//! |---|---|---|
+//! | `CachedFile::inner`, one a file | homes and their indexes, opens, what waits, lease | all below; never another file's |
+//! | `Cache::frames` | the table of frames, queues, charges, budget | `guests`, the backend |
+//! | the backend's own | ledger, tables, homes | - |
+//! | leaves: `files`, `attention`, `parked`, `idle`, `lives`, `guests`, `leases`, watches, the pools' queues, export registry | their maps | - (the registry: nodes) |
+//!
+//! Eviction chooses frames under `frames` alone, marks them, and then locks each file by itself: whoever
+//! is granted such a page first takes the mark away. Stores and collapses go on without the file's
+//! lock; `Home::busy` keeps the home from being emptied meanwhile.
 #![forbid(unsafe_code)]
 
 mod advance;

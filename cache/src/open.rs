@@ -9,7 +9,7 @@ use crate::fill::Job;
 use crate::frames::{FrameState, FrameTable};
 use crate::limits::{FILE_WAITERS_MAX, FILES_IDLE_MAX, PIN_RESERVE_DIVISOR};
 use crate::tree::{Kind, NodeRef};
-use copage_grants::DomId;
+use copage_grants::{DomId, TrustClass};
 use rustix::fs::{Advice, Mode, OFlags};
 use rustix::io::Errno;
 use std::sync::Arc;
@@ -49,7 +49,9 @@ impl Cache {
         }
         loop {
             let group = self.exports.group(node.export)?;
-            let file = self.file_of((group, node.dev, node.ino), &node)?;
+            let class = if how == OpenHow::Map { who.class } else { TrustClass::OWN };
+            let key = FileKey { group, class, dev: node.dev, ino: node.ino };
+            let file = self.file_of(key, &node)?;
             let mut inner = file.inner.lock();
             if inner.dead {
                 continue; // Buried between the look into the map and the lock; it is out of the map.
@@ -99,7 +101,11 @@ impl Cache {
         let fresh = Arc::new(CachedFile::new(id, key, node.clone(), data, direct.ok()));
         let file = self.files.lock().entry(key).or_insert_with(|| fresh.clone()).clone();
         if Arc::ptr_eq(&file, &fresh) {
-            file.inner.lock().watch = self.watches.add(&file);
+            let mut inner = file.inner.lock();
+            if !inner.dead {
+                inner.watch = self.watches.add(&file);
+            }
+            drop(inner);
         }
         Ok(file)
     }
@@ -231,7 +237,7 @@ impl Cache {
 
     /// A file that nobody has open goes at once when it holds nothing, else when there are many.
     pub(crate) fn settle_idle(&self, file: &Arc<CachedFile>, inner: &mut Inner) {
-        if inner.dead || inner.state.generation == 0 || !inner.is_idle() {
+        if inner.dead || !inner.is_idle() {
             inner.idle_seq = 0;
             return;
         }

@@ -38,6 +38,10 @@ impl Cache {
             account.pinned = account.pinned.saturating_sub(pages);
             account.quarantined += pages;
         }
+        if std::mem::take(&mut home.reserved) {
+            // From here on they count as quarantined, frame by frame.
+            table.pin_pages = table.pin_pages.saturating_sub(pages);
+        }
         drop(table);
         inner.old.push(home);
         let settle_ms = u64::from(self.config.host_settle_ms);
@@ -84,8 +88,8 @@ impl Cache {
             return Err(CacheError::Io { what: "the file is too long", errno: libc::EFBIG });
         }
         let generation = inner.state.generation + 1;
-        let label = format!("{}:{}.{generation}", file.key.1, file.key.2);
-        let id = self.backend.open_home(&HomeSpec { label, bytes: cookie.bytes })?;
+        let label = format!("{}:{}.{generation}", file.key.dev, file.key.ino);
+        let id = self.backend.open_home(&HomeSpec { label, bytes: cookie.bytes, class: file.key.class })?;
         let slot = self.frames.lock().add_slot(Arc::downgrade(file));
         let ended = inner.state.generation;
         inner.live = Some(Home::new(id, slot, generation, cookie.bytes));

@@ -6,6 +6,7 @@ use crate::file::{CachedFile, Home, Inner};
 use crate::fill::Job;
 use crate::limits::{DRAIN_POLL_MS, DRAIN_POLL_MS_MAX, PARKED_POLL_MS};
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 
 impl Cache {
     /// Does what is due. `now_ms` is CLOCK_BOOTTIME in ms. Returns when it wants to be called next,
@@ -30,8 +31,11 @@ impl Cache {
             };
         }
         if !self.parked.lock().is_empty() {
-            self.kick_parked();
-            let parked_ms = now_ms + PARKED_POLL_MS;
+            let mut parked_ms = self.parked_ms.load(Relaxed) + PARKED_POLL_MS;
+            if now_ms >= parked_ms {
+                self.kick_parked();
+                parked_ms = now_ms + PARKED_POLL_MS;
+            }
             next = Some(next.map_or(parked_ms, |n| n.min(parked_ms)));
         }
         next.map(|n| n.max(now_ms + 1))

@@ -12,7 +12,7 @@ use crate::config::{ExportId, Holder};
 use crate::error::CacheError;
 use crate::events::{FileState, OpenHow};
 use crate::tree::NodeRef;
-use copage_grants::{DomId, FrameNo, Grant, Version};
+use copage_grants::{DomId, FrameNo, Grant, TrustClass, Version};
 use parking_lot::Mutex;
 use rustix::fs::Stat;
 use std::os::fd::{BorrowedFd, OwnedFd, AsFd};
@@ -22,8 +22,19 @@ use std::sync::Arc;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FileId(pub u64);
 
-/// A share group and an inode: what frames are shared by.
-pub(crate) type FileKey = (u32, u64, u64);
+/// What frames are shared by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct FileKey {
+    /// The share group.
+    pub group: u32,
+    /// Who gets descriptors while there are holes. Files that are pinned or only read are of
+    /// [`TrustClass::OWN`], whoever opens them: a descriptor goes out when no hole is left.
+    pub class: TrustClass,
+    /// The host's device number.
+    pub dev: u64,
+    /// The inode there.
+    pub ino: u64,
+}
 
 /// One file of one share group. Kept while it is open or has resident pages.
 #[derive(Debug)]
@@ -217,7 +228,7 @@ impl Inner {
 
     /// Something must be looked at from time to time.
     pub(crate) fn needs_attention(&self) -> bool {
-        let unsettled = self.live.is_none() && !self.dead;
+        let unsettled = self.live.is_none() && !self.dead && self.state.generation > 0;
         let unpinned = self.live.as_ref().is_some_and(|h| {
             h.exposed && !h.is_pinned() || h.recalling > 0
         });

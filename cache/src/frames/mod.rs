@@ -4,5 +4,4 @@ mod accounts;
 mod ghost;
 mod table;
 
-pub(crate) use accounts::{Account, Accounts};
 pub(crate) use table::{FrameState, FrameTable};
