@@ -2,4 +2,6 @@
 #![forbid(unsafe_code)]
 
 pub mod config;
+pub mod demo;
+pub mod guest;
 pub mod serve;

@@ -1,0 +1,234 @@
+//! A guest of the demo: a process of its own that carries out orders read from standard input.
+
+use super::pattern::{self, PageContent};
+use super::proto::{Answer, Order, Watched};
+use anyhow::{Context, Result, bail};
+use copage_coherence::msg::OpenHow;
+use copage_grants::sys::PageMap;
+use copage_grants::volatile::VolatileBytes;
+use copage_grants::{PAGE_SIZE, PAGE_SIZE_U64};
+use copage_mmap::native::NativeMapping;
+use copage_mmap::{Client, ConnectOptions, Export, MapOptions, Mapping};
+use std::collections::HashMap;
+use std::io::{BufRead, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+/// Bytes copied at a time for a checksum.
+const COPY_BYTES: usize = 256 * 1024;
+
+/// A mapping of either kind, read through the same type.
+enum View {
+    Shared(Mapping),
+    Native(NativeMapping),
+}
+
+impl View {
+    fn bytes(&self) -> VolatileBytes<'_> {
+        match self {
+            Self::Shared(mapping) => mapping.as_volatile(),
+            Self::Native(mapping) => mapping.as_volatile(),
+        }
+    }
+}
+
+/// A thread that reads until it is told to stop.
+struct Watch {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<Watched>,
+}
+
+struct Agent {
+    socket: PathBuf,
+    name: String,
+    client: Option<Client>,
+    exports: HashMap<String, Export>,
+    views: Vec<Arc<View>>,
+    watch: Option<Watch>,
+}
+
+/// Serves orders until `Exit` or the end of the input.
+pub fn run(socket: &Path, name: &str) -> Result<()> {
+    let mut agent = Agent {
+        socket: socket.to_owned(),
+        name: name.to_owned(),
+        client: None,
+        exports: HashMap::new(),
+        views: Vec::new(),
+        watch: None,
+    };
+    for line in std::io::stdin().lock().lines() {
+        let order: Order = serde_json::from_str(&line?).context("an order")?;
+        if matches!(order, Order::Exit) {
+            break;
+        }
+        let answer = agent
+            .carry_out(order)
+            .unwrap_or_else(|error| Answer::Failed { why: format!("{error:#}") });
+        let mut out = std::io::stdout().lock();
+        writeln!(out, "{}", serde_json::to_string(&answer)?)?;
+        out.flush()?;
+    }
+    Ok(())
+}
+
+impl Agent {
+    fn carry_out(&mut self, order: Order) -> Result<Answer> {
+        match order {
+            Order::Connect => self.connect(),
+            Order::Map { export, paths } => self.map(&export, &paths),
+            Order::MapNative { paths } => self.map_native(&paths),
+            Order::Checksum => self.checksum(),
+            Order::Frame { mapping, page } => self.frame(mapping, page),
+            Order::Watch { mapping, random } => self.watch(mapping, random),
+            Order::Stop => self.stop(),
+            Order::Read { mapping, page } => self.read(mapping, page),
+            Order::Unmap => {
+                self.views.clear();
+                Ok(Answer::Done)
+            }
+            Order::Exit => Ok(Answer::Done),
+        }
+    }
+
+    fn connect(&mut self) -> Result<Answer> {
+        let client = Client::connect(&self.socket, &ConnectOptions::named(&self.name))?;
+        let domid = client.welcome().dom.0;
+        self.client = Some(client);
+        Ok(Answer::Connected { domid })
+    }
+
+    fn map(&mut self, export: &str, paths: &[String]) -> Result<Answer> {
+        let client = self.client.as_ref().context("not connected")?;
+        if !self.exports.contains_key(export) {
+            self.exports.insert(export.to_owned(), client.attach(export)?);
+        }
+        let mut bytes = 0;
+        for path in paths {
+            let node = self.exports[export].resolve(path.as_bytes())?;
+            let file = node.open(OpenHow::Map).with_context(|| path.clone())?;
+            bytes += file.len();
+            let mapping = file.map(&MapOptions::default()).with_context(|| path.clone())?;
+            self.views.push(Arc::new(View::Shared(mapping)));
+        }
+        Ok(Answer::Mapped { bytes })
+    }
+
+    fn map_native(&mut self, paths: &[String]) -> Result<Answer> {
+        let mut bytes = 0;
+        for path in paths {
+            let file = std::fs::File::open(path).with_context(|| path.clone())?;
+            let mapping = NativeMapping::new(&file, false).with_context(|| path.clone())?;
+            bytes += mapping.as_volatile().len() as u64;
+            self.views.push(Arc::new(View::Native(mapping)));
+        }
+        Ok(Answer::Mapped { bytes })
+    }
+
+    fn checksum(&self) -> Result<Answer> {
+        let mut buffer = vec![0; COPY_BYTES];
+        let xxh3 = self
+            .views
+            .iter()
+            .map(|view| {
+                let bytes = view.bytes();
+                let mut hash = xxhash_rust::xxh3::Xxh3::new();
+                let mut at = 0;
+                while at < bytes.len() {
+                    let part = buffer.len().min(bytes.len() - at);
+                    bytes.read_into(at, &mut buffer[..part]);
+                    hash.update(&buffer[..part]);
+                    at += part;
+                }
+                hash.digest()
+            })
+            .collect();
+        Ok(Answer::Checksums { xxh3 })
+    }
+
+    fn view(&self, mapping: usize) -> Result<&Arc<View>> {
+        self.views.get(mapping).with_context(|| format!("there is no mapping {mapping}"))
+    }
+
+    fn frame(&self, mapping: usize, page: u64) -> Result<Answer> {
+        let bytes = self.view(mapping)?.bytes();
+        let at = page as usize * PAGE_SIZE;
+        // Touched, so that there is a frame to name.
+        bytes.read_into(at, &mut [0]);
+        let entry = PageMap::own()?.entry(bytes.as_ptr().addr() + at)?;
+        Ok(Answer::Frame { pfn: entry.frame_number().unwrap_or(0) })
+    }
+
+    fn read(&self, mapping: usize, page: u64) -> Result<Answer> {
+        let mut buffer = [0; PAGE_SIZE];
+        self.view(mapping)?.bytes().read_into(page as usize * PAGE_SIZE, &mut buffer);
+        let version = match pattern::check(&buffer, page) {
+            PageContent::Whole(version) => version,
+            PageContent::Wrong => 0,
+        };
+        Ok(Answer::Page { version })
+    }
+
+    fn watch(&mut self, mapping: usize, random: bool) -> Result<Answer> {
+        if self.watch.is_some() {
+            bail!("already watching");
+        }
+        let view = Arc::clone(self.view(mapping)?);
+        let stop = Arc::new(AtomicBool::new(false));
+        let seen = Arc::clone(&stop);
+        let thread = std::thread::Builder::new()
+            .name("watch".into())
+            .spawn(move || watch(&view.bytes(), random, &seen))?;
+        self.watch = Some(Watch { stop, thread });
+        Ok(Answer::Done)
+    }
+
+    fn stop(&mut self) -> Result<Answer> {
+        let watch = self.watch.take().context("not watching")?;
+        watch.stop.store(true, Ordering::Relaxed);
+        match watch.thread.join() {
+            Ok(watched) => Ok(Answer::Watched(watched)),
+            Err(_) => bail!("the watching thread panicked"),
+        }
+    }
+}
+
+/// Reads pages and checks every word of each until `stop`.
+fn watch(bytes: &VolatileBytes<'_>, random: bool, stop: &AtomicBool) -> Watched {
+    let begin = Instant::now();
+    let pages = bytes.len() as u64 / PAGE_SIZE_U64;
+    let mut seen = vec![0_u32; pages as usize];
+    let mut watched = Watched::default();
+    let mut buffer = [0; PAGE_SIZE];
+    let mut newest = 0;
+    let mut draw = 0x243f_6a88_85a3_08d3_u64 ^ u64::from(std::process::id());
+    let mut page = 0;
+    while !stop.load(Ordering::Relaxed) && pages > 0 {
+        page = if random {
+            draw = draw.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (draw >> 33) % pages
+        } else {
+            (page + 1) % pages
+        };
+        let at = page as usize * PAGE_SIZE;
+        bytes.read_into(at, &mut buffer);
+        match pattern::check(&buffer, page) {
+            PageContent::Whole(version) => {
+                watched.backwards += u64::from(version < seen[page as usize]);
+                seen[page as usize] = version;
+                watched.version = version;
+                if version > newest {
+                    newest = version;
+                    watched.newest_seen_ns = super::monotonic_ns();
+                }
+            }
+            PageContent::Wrong => watched.wrong += 1,
+        }
+        watched.pages += 1;
+    }
+    watched.seconds = begin.elapsed().as_secs_f64();
+    watched
+}

@@ -1,0 +1,138 @@
+//! `copage demo`: a daemon and four guest processes on this machine's own files, every figure
+//! measured while one watches.
+
+pub mod agent;
+pub mod files;
+pub mod memory;
+pub mod pattern;
+pub mod proto;
+pub mod ratios;
+pub mod report;
+pub mod run_program;
+pub mod scenario;
+pub mod stage;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use proto::{Answer, Order};
+use report::{Report, mib};
+use scenario::Scene;
+use stage::{DaemonProcess, Guest, ask_all};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// At most this much of the machine's files is shared, in bytes, and as many files.
+const FILES_BYTES_MAX: u64 = 96 << 20;
+/// The most files.
+const FILES_MAX: usize = 200;
+
+/// What `copage demo` takes.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = "Examples:
+  copage demo                 share this machine's libraries and programs (/usr) among four guests
+  copage demo /srv/images     share files of your own
+  copage demo --json          the same figures for a program
+
+Needs no configuration, writes only below a temporary directory and ends by itself in under half a
+minute. Exit code 1: something shown was not so.")]
+pub struct DemoArgs {
+    /// The directory whose files are shared.
+    #[arg(value_name = "DIR", default_value = "/usr")]
+    pub dir: PathBuf,
+    /// Guest processes.
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u16).range(3..=16))]
+    pub guests: u16,
+    /// One JSON document instead of lines.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What the hidden `copage demo-agent` takes: one guest of the demo.
+#[derive(Args, Clone, Debug)]
+pub struct AgentArgs {
+    /// The daemon's socket for guests.
+    #[arg(long)]
+    pub socket: PathBuf,
+    /// The guest's name.
+    #[arg(long)]
+    pub name: String,
+}
+
+/// Nanoseconds on CLOCK_MONOTONIC, which all processes of one machine share.
+pub fn monotonic_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    // The clock starts at boot: neither part is negative.
+    now.tv_sec.unsigned_abs() * 1_000_000_000 + now.tv_nsec.unsigned_abs()
+}
+
+/// Runs the hidden guest.
+pub fn run_agent(args: &AgentArgs) -> Result<ExitCode> {
+    agent::run(&args.socket, &args.name)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Runs the demo.
+pub fn run(args: &DemoArgs) -> Result<ExitCode> {
+    let mut report = Report::new(args.json);
+    let uname = rustix::system::uname();
+    report.line(
+        "machine",
+        true,
+        format!(
+            "local backend on Linux {}, {}: {} guests are processes, sharing {}",
+            uname.release().to_string_lossy(),
+            if rustix::process::geteuid().is_root() { "as root" } else { "as an ordinary user" },
+            args.guests,
+            args.dir.display()
+        ),
+    );
+    let dir = tempfile::Builder::new().prefix("copage-demo-").tempdir().context("a directory")?;
+    let root = std::fs::canonicalize(&args.dir)
+        .with_context(|| format!("{}: give a directory with files to share", args.dir.display()))?;
+    let files = files::choose(&root, FILES_BYTES_MAX, FILES_MAX)?;
+    let scratch = dir.path().join("scratch");
+    std::fs::create_dir(&scratch)?;
+    let begin = std::time::Instant::now();
+    let daemon = DaemonProcess::start(dir.path(), &scenario::config(&root, &scratch))?;
+    let mut guests = (0..args.guests)
+        .map(|n| Guest::start(&daemon.guest_socket(), &format!("guest{}", n + 1)))
+        .collect::<Result<Vec<_>>>()?;
+    let domids: Vec<_> = ask_all(&mut guests, &Order::Connect)?
+        .into_iter()
+        .map(|answer| match answer {
+            Answer::Connected { domid } => format!("d{domid}"),
+            other => format!("{other:?}"),
+        })
+        .collect();
+    report.line(
+        "guests",
+        true,
+        format!(
+            "one daemon and {} connected after {:.0} ms, frame budget {}",
+            domids.join(" "),
+            begin.elapsed().as_secs_f64() * 1e3,
+            mib(scenario::FRAMES_MIB << 20),
+        ),
+    );
+    let mut scene = Scene { report: &mut report, daemon: &daemon, guests, files: &files, scratch };
+    let left = scene.share_files()?;
+    scene.memory(left)?;
+    scene.frame()?;
+    run_program::show(scene.report, &daemon, &root)?;
+    scene.host_change()?;
+    scene.deaths()?;
+    scene.budget()?;
+    scene.audit()?;
+    let scratch = scene.scratch.clone();
+    drop(scene);
+    ratios::show(&mut report, &daemon.guest_socket(), &scratch)?;
+    report.note(&format!(
+        "\nNext:  copage serve --export usr={0} &      a daemon of your own\n       \
+         copage mount usr /mnt              ordinary programs open, map and run files from /mnt\n       \
+         copage exec usr bin/ls -l /        a program, its loader and its libraries off the share\n       \
+         copage pages usr:bin/ls; copage grants; copage audit; copage doctor",
+        root.display()
+    ));
+    report.finish()?;
+    Ok(if report.all_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}

@@ -1,0 +1,115 @@
+//! What the demo tells its guests and what they answer: one JSON document a line. On a hypervisor
+//! the same lines go over the guest's console; the scenario does not know the difference.
+
+use serde::{Deserialize, Serialize};
+
+/// An order to a guest.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "do", rename_all = "kebab-case")]
+pub enum Order {
+    /// Begin a session.
+    Connect,
+    /// Map whole files of an export, shared.
+    Map {
+        /// The export.
+        export: String,
+        /// Paths below it.
+        paths: Vec<String>,
+    },
+    /// Map whole files of the machine natively, for comparison.
+    MapNative {
+        /// Paths on this machine.
+        paths: Vec<String>,
+    },
+    /// Read every mapped byte and answer with one checksum a file.
+    Checksum,
+    /// The physical frame under a page of the n-th mapping.
+    Frame {
+        /// Which mapping.
+        mapping: usize,
+        /// Which page.
+        page: u64,
+    },
+    /// Read the n-th mapping (a pattern file) again and again until `Stop`, by a thread.
+    Watch {
+        /// Which mapping.
+        mapping: usize,
+        /// Pages in random order rather than one after the other.
+        random: bool,
+    },
+    /// End `Watch` and tell what it saw.
+    Stop,
+    /// Read one page of the n-th mapping; answers a refusal when that raises SIGBUS.
+    Read {
+        /// Which mapping.
+        mapping: usize,
+        /// Which page.
+        page: u64,
+    },
+    /// Unmap everything and keep the session.
+    Unmap,
+    /// End.
+    Exit,
+}
+
+/// What a guest answers.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "did", rename_all = "kebab-case")]
+pub enum Answer {
+    /// Connected.
+    Connected {
+        /// The domid it was given.
+        domid: u16,
+    },
+    /// Mapped.
+    Mapped {
+        /// Bytes in all.
+        bytes: u64,
+    },
+    /// Checksums, one for each mapping.
+    Checksums {
+        /// xxh3 of each.
+        xxh3: Vec<u64>,
+    },
+    /// The physical frame number, if the kernel tells it (CAP_SYS_ADMIN).
+    Frame {
+        /// 0 means: not told.
+        pfn: u64,
+    },
+    /// What `Watch` saw.
+    Watched(Watched),
+    /// One page read.
+    Page {
+        /// Its version by the pattern; 0 for none.
+        version: u32,
+    },
+    /// The order was carried out and has no result.
+    Done,
+    /// The memory was refused (SIGBUS).
+    Refused {
+        /// In words.
+        why: String,
+    },
+    /// The order failed.
+    Failed {
+        /// In words.
+        why: String,
+    },
+}
+
+/// What a watching guest saw.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct Watched {
+    /// Pages read and checked, word by word.
+    pub pages: u64,
+    /// Pages torn, zero, or another's.
+    pub wrong: u64,
+    /// Pages whose version was below one seen earlier of the same page.
+    pub backwards: u64,
+    /// The lowest version of the last pass or, for random reads, the last page.
+    pub version: u32,
+    /// The time to the first page with the newest version, on CLOCK_MONOTONIC, in ns.
+    pub newest_seen_ns: u64,
+    /// Seconds of watching.
+    pub seconds: f64,
+}

@@ -1,0 +1,181 @@
+//! The demo's processes: a daemon on a private socket and guests that take orders.
+
+use super::proto::{Answer, Order};
+use crate::serve::admin_types::{AdminReply, AdminRequest};
+use anyhow::{Context, Result, bail};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// How long the daemon may take until it says READY.
+const READY_MAX: Duration = Duration::from_secs(10);
+
+/// The daemon.
+pub struct DaemonProcess {
+    child: Child,
+    run_dir: PathBuf,
+}
+
+impl DaemonProcess {
+    /// Starts `copage serve` with `config` (TOML) and waits until it is ready.
+    pub fn start(dir: &Path, config: &str) -> Result<Self> {
+        let run_dir = dir.join("run");
+        let file = dir.join("copage.toml");
+        std::fs::write(&file, config).with_context(|| format!("{}", file.display()))?;
+        let notify = dir.join("ready.sock");
+        let ready = UnixDatagram::bind(&notify).context("a socket for READY")?;
+        ready.set_read_timeout(Some(READY_MAX))?;
+        let child = Command::new(std::env::current_exe()?)
+            .arg("serve")
+            .arg("--config")
+            .arg(&file)
+            .arg("--run-dir")
+            .arg(&run_dir)
+            .env("NOTIFY_SOCKET", &notify)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .context("start copage serve")?;
+        let daemon = Self { child, run_dir };
+        let mut message = [0; 256];
+        loop {
+            let len = ready.recv(&mut message).context("the daemon did not become ready")?;
+            if message[..len].starts_with(b"READY=1") {
+                return Ok(daemon);
+            }
+        }
+    }
+
+    /// Where guests connect.
+    pub fn guest_socket(&self) -> PathBuf {
+        self.run_dir.join("guest.sock")
+    }
+
+    /// The directory of its sockets.
+    pub fn run_dir(&self) -> &Path {
+        &self.run_dir
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Asks on the admin socket.
+    pub fn ask(&self, request: &AdminRequest) -> Result<AdminReply> {
+        let mut stream = UnixStream::connect(self.run_dir.join("admin.sock"))
+            .context("the daemon's admin socket")?;
+        writeln!(stream, "{}", serde_json::to_string(request)?)?;
+        let mut line = String::new();
+        BufReader::new(stream).read_line(&mut line)?;
+        match serde_json::from_str(&line).context("the daemon's answer")? {
+            AdminReply::Error { text, .. } => bail!("the daemon refused: {text}"),
+            reply => Ok(reply),
+        }
+    }
+}
+
+impl Drop for DaemonProcess {
+    fn drop(&mut self) {
+        // A demo that failed may leave it busy; nothing of it outlives its process.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// One guest.
+pub struct Guest {
+    name: String,
+    child: Child,
+    orders: ChildStdin,
+    answers: BufReader<ChildStdout>,
+}
+
+impl Guest {
+    /// Starts a guest process; it connects when ordered to.
+    pub fn start(socket: &Path, name: &str) -> Result<Self> {
+        let mut child = Command::new(std::env::current_exe()?)
+            .arg("demo-agent")
+            .arg("--socket")
+            .arg(socket)
+            .arg("--name")
+            .arg(name)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("start a guest")?;
+        let orders = child.stdin.take().context("the guest's input")?;
+        let answers = BufReader::new(child.stdout.take().context("the guest's output")?);
+        Ok(Self { name: name.to_owned(), child, orders, answers })
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Gives an order; take the answer with [`Self::answer`].
+    pub fn order(&mut self, order: &Order) -> Result<()> {
+        writeln!(self.orders, "{}", serde_json::to_string(order)?)
+            .with_context(|| format!("an order to {}", self.name))
+    }
+
+    /// Waits for the answer; a failure of the guest is an error here.
+    pub fn answer(&mut self) -> Result<Answer> {
+        let mut line = String::new();
+        if self.answers.read_line(&mut line)? == 0 {
+            let status = self.child.wait()?;
+            if let Some(signal) = status.signal() {
+                return Ok(Answer::Refused { why: format!("killed by signal {signal}") });
+            }
+            bail!("{} ended: {status}", self.name);
+        }
+        match serde_json::from_str(&line)? {
+            Answer::Failed { why } => bail!("{}: {why}", self.name),
+            answer => Ok(answer),
+        }
+    }
+
+    /// Order and answer.
+    pub fn ask(&mut self, order: &Order) -> Result<Answer> {
+        self.order(order)?;
+        self.answer()
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: rustix::process::Signal) -> Result<()> {
+        let pid = i32::try_from(self.pid()).ok().and_then(rustix::process::Pid::from_raw);
+        rustix::process::kill_process(pid.context("a pid")?, signal)
+            .with_context(|| format!("signal {}", self.name))
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Gives all guests one order at the same time and collects their answers.
+pub fn ask_all(guests: &mut [Guest], order: &Order) -> Result<Vec<Answer>> {
+    for guest in guests.iter_mut() {
+        guest.order(order)?;
+    }
+    guests.iter_mut().map(Guest::answer).collect()
+}
+
+/// Waits until `done` is so, at most `limit`; how long it took.
+pub fn wait_until(limit: Duration, mut done: impl FnMut() -> Result<bool>) -> Result<Option<Duration>> {
+    let begin = Instant::now();
+    while begin.elapsed() < limit {
+        if done()? {
+            return Ok(Some(begin.elapsed()));
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(None)
+}
