@@ -3,6 +3,7 @@
 use crate::cache::Cache;
 use crate::config::{GuestId, GuestLimits};
 use crate::error::CacheError;
+use crate::file::{CachedFile, FileKey};
 use crate::frames::FrameState;
 use crate::limits::HUGE_PAGES;
 use crate::tree::NodeRef;
@@ -110,7 +111,7 @@ pub struct PageRun {
 }
 
 /// What is known of one file's pages.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct FilePages {
     /// The newest generation.
     pub generation: u32,
@@ -239,24 +240,30 @@ impl Cache {
         stats
     }
 
-    /// The resident pages of a file, if it is cached.
+    /// The resident pages of a file, if it is cached: of all classes, one behind the other.
     pub fn pages(&self, node: &NodeRef) -> Result<Option<FilePages>, CacheError> {
-        let key = (self.exports.group(node.export)?, node.dev, node.ino);
-        let Some(file) = self.files.lock().get(&key).cloned() else { return Ok(None) };
+        let group = self.exports.group(node.export)?;
+        let of_node = |key: &FileKey| (key.group, key.dev, key.ino) == (group, node.dev, node.ino);
+        let mut files: Vec<_> =
+            self.files.lock().iter().filter(|(key, _)| of_node(key)).map(|(_, f)| f.clone()).collect();
+        files.sort_by_key(|file| file.key.class);
+        let mut out: Option<FilePages> = None;
+        for file in files {
+            self.add_pages(&file, out.get_or_insert_default());
+        }
+        Ok(out)
+    }
+
+    fn add_pages(&self, file: &CachedFile, out: &mut FilePages) {
         let inner = file.inner.lock();
-        let mut out = FilePages {
-            generation: inner.state.generation,
-            version: inner.state.version,
-            bytes: inner.state.bytes,
-            host_bounded: inner.state.host_bounded,
-            resident: 0,
-            pins: 0,
-            runs: Vec::new(),
-            quarantined: inner.old.iter().map(|h| h.index.len() as u64).sum(),
-        };
-        let Some(home) = inner.live.as_ref() else { return Ok(Some(out)) };
-        out.resident = home.index.len() as u64;
-        out.pins = home.pinners.len() as u32;
+        out.generation = out.generation.max(inner.state.generation);
+        out.version = out.version.max(inner.state.version);
+        out.bytes = inner.state.bytes;
+        out.host_bounded |= inner.state.host_bounded;
+        out.quarantined += inner.old.iter().map(|h| h.index.len() as u64).sum::<u64>();
+        let Some(home) = inner.live.as_ref() else { return };
+        out.resident += home.index.len() as u64;
+        out.pins += home.pinners.len() as u32;
         for (page, frame) in home.index.pages() {
             let mut holders = Vec::new();
             self.backend.holders(frame, &mut holders);
@@ -273,6 +280,5 @@ impl Cache {
                 _ => out.runs.push(PageRun { first: PageIndex(page.into()), count: 1, holders, huge }),
             }
         }
-        Ok(Some(out))
     }
 }

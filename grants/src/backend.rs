@@ -5,7 +5,7 @@
 //! unless the backend can force it. `local` keeps to the same protocol with processes as guests.
 
 use crate::error::GrantError;
-use crate::ids::{DomId, FrameNo, Grant, HomeId, PageIndex};
+use crate::ids::{DomId, FrameNo, Grant, HomeId, PageIndex, TrustClass};
 use std::os::fd::OwnedFd;
 
 /// What a backend can do, asked at run time. The daemon refuses what it cannot do safely.
@@ -90,6 +90,8 @@ pub struct HomeSpec {
     /// Length of the file in bytes. Reading and mapping end here: the rest of the last page is
     /// zeros, and pages past it cannot be reached.
     pub bytes: u64,
+    /// Whose guests get descriptors of it while it has holes.
+    pub class: TrustClass,
 }
 
 /// Frames, grant tables and mapping of one host.

@@ -372,6 +372,7 @@ mod tests {
             .open_home(&HomeSpec {
                 label: "f".into(),
                 bytes: 8 * 4096,
+                class: crate::TrustClass::OWN,
             })
             .unwrap();
         backend.fail_nth(Call::Store, 2, FailWith::NoMemory);
@@ -399,6 +400,7 @@ mod tests {
             .open_home(&HomeSpec {
                 label: "f".into(),
                 bytes: 4096 + 10,
+                class: crate::TrustClass::OWN,
             })
             .unwrap();
         let frames = [FrameNo(0), FrameNo(1)];

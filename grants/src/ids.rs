@@ -65,6 +65,17 @@ pub struct FrameNo(pub u32);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct HomeId(pub u64);
 
+/// A class of guests that could read each other's memory anyway (local: processes of one user).
+/// A home's descriptor that covers pages which are not there yet never leaves its class: whoever
+/// has it can make such a page read as zeros for all others that have it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TrustClass(pub u32);
+
+impl TrustClass {
+    /// The daemon's own, and the only one where a hypervisor keeps guests apart.
+    pub const OWN: Self = Self(0);
+}
+
 /// One grant table. Xen: one for each cache domain. local: one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TableId(pub u16);
@@ -84,7 +95,7 @@ pub struct Grant {
 
 /// Content generation of a page: the daemon's epoch in the upper 32 bits, a counter below, so that
 /// versions rise across restarts too.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Version(pub u64);
 
 impl Version {

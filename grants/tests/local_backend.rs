@@ -2,7 +2,7 @@
 //! see (the workspace's tests do, with processes), nor anything about Xen.
 
 use copage_grants::{
-    Access, Backend, DomId, FrameNo, FrameStore, GrantError, HomeId, HomeSpec, LocalBackend,
+    Access, Backend, DomId, FrameNo, FrameStore, GrantError, HomeId, HomeSpec, LocalBackend, TrustClass,
     LocalConfig, PAGE_SIZE, PageIndex, Revocation,
 };
 use std::fs::File;
@@ -36,6 +36,7 @@ fn open(backend: &LocalBackend, bytes: u64) -> HomeId {
         .open_home(&HomeSpec {
             label: "test/file".into(),
             bytes,
+            class: TrustClass::OWN,
         })
         .unwrap()
 }
@@ -127,6 +128,7 @@ fn local_ranges_are_checked() {
             .open_home(&HomeSpec {
                 label: String::new(),
                 bytes: u64::MAX,
+                class: TrustClass::OWN,
             })
             .map(|_| ()));
         assert!(backend.make_huge(home, PageIndex(0)).is_err());

@@ -29,9 +29,9 @@ impl Backend for LocalBackend {
     fn capabilities(&self) -> Capabilities {
         Capabilities {
             frames_shared: true,
-            read_only_enforced: self.files.kind() == FrameStore::PrivateMount
+            read_only_enforced: self.own_files.kind() == FrameStore::PrivateMount
                 || self.config.guests_other_uid,
-            executable_mappings: self.files.executable(),
+            executable_mappings: self.own_files.executable(),
             forced_revoke: self.config.force,
             in_place_upgrade: false,
             descriptors: true,
@@ -40,7 +40,7 @@ impl Backend for LocalBackend {
 
     fn open_home(&self, spec: &HomeSpec) -> Result<HomeId, GrantError> {
         let id = self.next_home.fetch_add(1, Ordering::Relaxed);
-        let home = Home::create(&self.files, id, &spec.label, spec.bytes)?;
+        let home = Home::create(&self.files_of(spec.class)?, id, &spec.label, spec.bytes)?;
         self.homes.write().insert(HomeId(id), Arc::new(home));
         Ok(HomeId(id))
     }
@@ -51,11 +51,11 @@ impl Backend for LocalBackend {
             .write()
             .remove(&home)
             .ok_or(GrantError::NoSuchHome(home))?;
-        closed.close(&self.files)
+        closed.close()
     }
 
     fn home_descriptor(&self, home: HomeId) -> Result<OwnedFd, GrantError> {
-        self.home(home)?.descriptor(&self.files)
+        self.home(home)?.descriptor()
     }
 
     fn home_in_use(&self, home: HomeId) -> Result<bool, GrantError> {

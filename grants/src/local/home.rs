@@ -12,13 +12,14 @@ use rustix::io::Errno;
 use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 
 /// The 2 MiB units of a home that one huge page backs, by their first page.
 type HugeUnits = BTreeSet<u64>;
 
 /// See the module. Pages are plain numbers here, already checked to be within a `u64` of bytes.
-#[derive(Debug)]
 pub(super) struct Home {
+    files: Arc<FrameFiles>,
     /// The only open file of the inode in this process: [`Home::in_use`] rests on that.
     file: OwnedFd,
     name: String,
@@ -32,7 +33,7 @@ pub(super) struct Home {
 
 impl Home {
     pub(super) fn create(
-        files: &FrameFiles,
+        files: &Arc<FrameFiles>,
         id: u64,
         label: &str,
         bytes: u64,
@@ -42,6 +43,7 @@ impl Home {
         }
         let (file, name) = files.create(id, label)?;
         let home = Self {
+            files: Arc::clone(files),
             file,
             name,
             bytes,
@@ -70,14 +72,14 @@ impl Home {
 
     /// Ends the home. Whoever still has it open or mapped finds an empty file: reading gives
     /// nothing, touching it SIGBUS, and never zeros.
-    pub(super) fn close(&self, files: &FrameFiles) -> Result<(), GrantError> {
+    pub(super) fn close(&self) -> Result<(), GrantError> {
         let _no_loads = self.huge.write();
         rustix::fs::ftruncate(&self.file, 0).map_err(sys("ftruncate of a frame file"))?;
-        files.remove(&self.name)
+        self.files.remove(&self.name)
     }
 
-    pub(super) fn descriptor(&self, files: &FrameFiles) -> Result<OwnedFd, GrantError> {
-        files.open_read_only(self.file.as_fd(), &self.name)
+    pub(super) fn descriptor(&self) -> Result<OwnedFd, GrantError> {
+        self.files.open_read_only(self.file.as_fd(), &self.name)
     }
 
     /// Does anybody but this process have the file open or mapped? The kernel grants a write lease

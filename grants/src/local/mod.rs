@@ -12,10 +12,13 @@
 //!
 //! **A hole in a frame file reads as zeros** to whoever maps it without a fault handler, and the
 //! kernel then keeps the page of zeros in the file, where others find it. Guests that use the
-//! library never do that. A hostile guest can: see [`LocalBackend::foreign_pages`] and the
+//! library never do that. A hostile guest can, to those that have the same descriptor: a home belongs
+//! to one [`TrustClass`], and only guests of that class are given it while it has holes. See also [`LocalBackend::foreign_pages`] and the
 //! [`frames`] module.
 
 mod backend;
+#[cfg(test)]
+mod containment;
 mod frames;
 mod home;
 mod huge;
@@ -24,7 +27,7 @@ pub use frames::FrameStore;
 
 use crate::entry::OwnEntries;
 use crate::error::GrantError;
-use crate::ids::{FrameNo, HomeId, TableId};
+use crate::ids::{FrameNo, HomeId, TableId, TrustClass};
 use crate::limits::{HUGE_PAGES, LOCAL_ENTRIES_DEFAULT};
 use crate::table::{GrantTables, Placement};
 use frames::FrameFiles;
@@ -48,6 +51,9 @@ pub struct LocalConfig {
     pub size_max_bytes: Option<u64>,
     /// Entries of the grant table: the most grants that can be live at one time.
     pub entries: u32,
+    /// The same for the frame files of one class that is not the daemon's own; `None`: as
+    /// `size_max_bytes`. Without a private mount there is no such limit.
+    pub class_size_max_bytes: Option<u64>,
     /// Where frame files are made.
     pub store: FrameStore,
 }
@@ -58,6 +64,7 @@ impl Default for LocalConfig {
             force: true,
             guests_other_uid: false,
             size_max_bytes: None,
+            class_size_max_bytes: None,
             entries: LOCAL_ENTRIES_DEFAULT,
             store: FrameStore::Auto,
         }
@@ -77,7 +84,11 @@ impl Placement for OneTable {
 /// See the module.
 pub struct LocalBackend {
     config: LocalConfig,
-    files: FrameFiles,
+    /// Where the frame files of each class are made. A class of its own memory limit: what a hostile
+    /// guest fills with zeros is its own class's.
+    files: RwLock<HashMap<TrustClass, Arc<FrameFiles>>>,
+    /// Those of the daemon's own class, which also say what kind all are.
+    own_files: Arc<FrameFiles>,
     homes: RwLock<HashMap<HomeId, Arc<Home>>>,
     next_home: AtomicU64,
     tables: GrantTables<OwnEntries, OneTable>,
@@ -92,14 +103,15 @@ impl LocalBackend {
     /// that were never filled would then read as zeros), or when something was asked for that only
     /// a private mount has.
     pub fn new(config: LocalConfig) -> Result<Self, GrantError> {
-        let files = FrameFiles::new(config.store, config.size_max_bytes)?;
+        let own_files = Arc::new(FrameFiles::new(config.store, config.size_max_bytes)?);
         let tables = GrantTables::new(OneTable);
         let entries = u64::from(config.entries);
         tables
             .add_table(OwnEntries::new(config.entries).ok_or(GrantError::TableFull { entries })?)?;
         let backend = Self {
             config,
-            files,
+            files: RwLock::new(HashMap::from([(TrustClass::OWN, Arc::clone(&own_files))])),
+            own_files,
             homes: RwLock::new(HashMap::new()),
             next_home: AtomicU64::new(1),
             tables,
@@ -109,9 +121,22 @@ impl LocalBackend {
         Ok(backend)
     }
 
+    /// Where frame files of `class` are made; made ready at the class's first home.
+    fn files_of(&self, class: TrustClass) -> Result<Arc<FrameFiles>, GrantError> {
+        if let Some(files) = self.files.read().get(&class) {
+            return Ok(Arc::clone(files));
+        }
+        let limit = match self.own_files.kind() {
+            FrameStore::Memfd => None,
+            _ => self.config.class_size_max_bytes.or(self.config.size_max_bytes),
+        };
+        let fresh = Arc::new(FrameFiles::new(self.own_files.kind(), limit)?);
+        Ok(Arc::clone(self.files.write().entry(class).or_insert(fresh)))
+    }
+
     /// Which kind of frame files were to be had: never [`FrameStore::Auto`].
     pub fn store_kind(&self) -> FrameStore {
-        self.files.kind()
+        self.own_files.kind()
     }
 
     /// Runs of pages found in frame files that the daemon never put there, when it came to fill
@@ -126,14 +151,14 @@ impl LocalBackend {
     fn probe(&self) -> Result<(), GrantError> {
         const PROBE_PAGES: u64 = 2 * HUGE_PAGES;
         let home = Home::create(
-            &self.files,
+            &self.own_files,
             0,
             "probe",
             PROBE_PAGES * crate::ids::PAGE_SIZE_U64,
         )?;
         home.store(1, &[1u8; crate::ids::PAGE_SIZE])?;
         let present = home.present_pages()?;
-        home.close(&self.files)?;
+        home.close()?;
         if present == [(1, 1)] {
             Ok(())
         } else {

@@ -8,7 +8,7 @@ use super::session::{Conn, Session};
 use copage_cache::{CachedFile, GuestLimits, Holder};
 use copage_coherence::msg::{FenceReason, FileToken, Notice, Reply, WelcomeFlags};
 use copage_coherence::session::{Action, Event, Guest, RecallOutcome, Refusal, Subject};
-use copage_grants::{DomId, Epoch};
+use copage_grants::{DomId, Epoch, TrustClass};
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -48,6 +48,7 @@ impl Ctx {
             who: Holder {
                 dom,
                 guest: hello.guest,
+                class: trust_class(conn.peer.uid),
             },
             name: name.clone(),
             handles: Handles::new(epoch),
@@ -366,4 +367,10 @@ impl Core {
     fn openers_of(&self, file: &Arc<CachedFile>) -> Vec<(u64, FileToken)> {
         self.ctx.openers.get(&file.id).cloned().unwrap_or_default()
     }
+}
+
+/// Processes of one user can read and stop each other anyway; root's and the daemon's can do more.
+fn trust_class(uid: u32) -> TrustClass {
+    let own = uid == 0 || uid == rustix::process::geteuid().as_raw();
+    if own { TrustClass::OWN } else { TrustClass(uid) }
 }

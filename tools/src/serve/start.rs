@@ -18,7 +18,7 @@ use copage_coherence::session::{SessionConfig, Sessions};
 use copage_grants::channel::{ChannelError, Listener};
 use copage_grants::local::{LocalBackend, LocalConfig};
 use copage_grants::sys::{self, SignalFd};
-use copage_grants::{Backend, Epoch, GrantError};
+use copage_grants::{Backend, Epoch, GrantError, PAGE_SIZE_U64};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -215,6 +215,7 @@ fn prepare(
     let wake = Arc::new(Wake::new().map_err(sys("eventfd"))?);
     let local = LocalConfig {
         force: config.force,
+        class_size_max_bytes: Some(u64::from(config.frames_max()) * PAGE_SIZE_U64),
         ..LocalConfig::default()
     };
     let backend = wrap(Arc::new(LocalBackend::new(local)?));
