@@ -28,6 +28,11 @@ impl NativeMapping {
         })
     }
 
+    /// Where it begins: for looking its pages up in the page map.
+    pub fn address(&self) -> usize {
+        self.map.as_ptr().addr()
+    }
+
     /// The bytes.
     pub fn as_volatile(&self) -> VolatileBytes<'_> {
         // SAFETY: memmap2 mapped this range readable and unmaps it when `self.map` is dropped,
