@@ -19,6 +19,7 @@ pub mod mount;
 pub mod native;
 mod node;
 mod pager;
+pub mod probe;
 mod quiet;
 mod rebase;
 mod session;

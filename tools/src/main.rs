@@ -1,2 +1,6 @@
-//! copage.
-fn main() {}
+//! copage: the daemon and the command.
+#![forbid(unsafe_code)]
+
+fn main() -> std::process::ExitCode {
+    copage::cli::main()
+}

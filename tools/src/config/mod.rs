@@ -10,6 +10,7 @@ mod parse;
 mod problem;
 mod read;
 
+pub use check::check_name;
 pub use problem::{ConfigErrors, Problem, Severity};
 
 use std::io::Read;

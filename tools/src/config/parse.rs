@@ -189,10 +189,8 @@ fn export(r: &mut Reader<'_>, mut section: Section<'_, '_>, note: Note<'_>) -> E
         export.group = Some(found.value);
     }
     if let Some(names) = section.strings(r, "allow", "[\"web\", \"db\"] or [\"*\"]") {
-        if let Some(first) = names.first() {
-            note("allow", first.line);
-        }
-        export.allow = names.into_iter().map(|found| found.value).collect();
+        note("allow", names.line);
+        export.allow = names.value;
     }
     section.finish(r);
     export

@@ -139,13 +139,13 @@ impl<'s, 'i> Section<'s, 'i> {
         }
     }
 
-    /// A list of strings, each with its line.
+    /// A list of strings.
     pub(super) fn strings(
         &mut self,
         reader: &mut Reader<'_>,
         key: &'static str,
         example: &str,
-    ) -> Option<Vec<Found<String>>> {
+    ) -> Option<Found<Vec<String>>> {
         let (line, value) = self.take(key)?;
         let wanted = format!("a list of strings like {example}");
         let DeValue::Array(array) = value else {
@@ -154,13 +154,12 @@ impl<'s, 'i> Section<'s, 'i> {
         };
         let mut strings = Vec::new();
         for item in array.iter() {
-            let line = reader.line(&item.span());
             match item.get_ref() {
-                DeValue::String(s) => strings.push(Found { value: s.clone().into_owned(), line }),
-                other => self.wrong(reader, line, key, &wanted, other),
+                DeValue::String(s) => strings.push(s.clone().into_owned()),
+                other => self.wrong(reader, reader.line(&item.span()), key, &wanted, other),
             }
         }
-        Some(strings)
+        Some(Found { value: strings, line })
     }
 
     /// A table inside this one.
