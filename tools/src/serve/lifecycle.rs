@@ -42,7 +42,6 @@ impl Ctx {
         };
         entry.sessions += 1;
         let (name, limits) = (entry.name.clone(), entry.limits);
-        self.backend.set_grants_max(dom, limits.grants_max);
         conn.session = Some(Box::new(Session {
             epoch,
             who: Holder {
