@@ -22,6 +22,7 @@ pub use backend::{
 };
 pub use error::GrantError;
 pub use ids::{
-    DomId, Epoch, FrameNo, Grant, GrantRef, HomeId, PAGE_SIZE, PAGE_SIZE_U64, PageIndex, TableId, TrustClass, Version, pages_for,
+    DomId, Epoch, FrameNo, Grant, GrantRef, HomeId, PAGE_SIZE, PAGE_SIZE_U64, PageIndex, TableId,
+    TrustClass, Version, pages_for,
 };
 pub use local::{FrameStore, LocalBackend, LocalConfig};

@@ -30,7 +30,13 @@ pub(crate) fn status_of_child(child: impl FnOnce()) -> WaitStatus {
 /// Starts `child` in a forked process and returns at once.
 pub(crate) fn spawn_child(child: impl FnOnce()) -> Pid {
     match fork() {
-        None => run_and_exit(child),
+        None => {
+            // So that none is left behind when the test ends early.
+            let _ = rustix::process::set_parent_process_death_signal(Some(
+                rustix::process::Signal::KILL,
+            ));
+            run_and_exit(child)
+        }
         Some(pid) => pid,
     }
 }

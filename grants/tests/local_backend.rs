@@ -2,8 +2,8 @@
 //! see (the workspace's tests do, with processes), nor anything about Xen.
 
 use copage_grants::{
-    Access, Backend, DomId, FrameNo, FrameStore, GrantError, HomeId, HomeSpec, LocalBackend, TrustClass,
-    LocalConfig, PAGE_SIZE, PageIndex, Revocation,
+    Access, Backend, DomId, FrameNo, FrameStore, GrantError, HomeId, HomeSpec, LocalBackend,
+    LocalConfig, PAGE_SIZE, PageIndex, Revocation, TrustClass,
 };
 use std::fs::File;
 use std::os::fd::AsFd;

@@ -50,16 +50,8 @@ impl Home {
             bulk: files.bulk(),
             huge: RwLock::new(HugeUnits::new()),
         };
-        let made = rustix::fs::ftruncate(&home.file, bytes)
-            .map_err(sys("ftruncate of a frame file"))
-            // Somebody who kept a path descriptor may open the file while `in_use` holds its lease:
-            // the kernel then tells us, by a signal that nobody has to expect.
-            .and_then(|()| {
-                set_lease_signal(&home.file, libc::SIGURG).map_err(|source| GrantError::Sys {
-                    call: "F_SETSIG",
-                    source,
-                })
-            });
+        let made =
+            rustix::fs::ftruncate(&home.file, bytes).map_err(sys("ftruncate of a frame file"));
         match made {
             Ok(()) => Ok(home),
             Err(e) => {
@@ -87,6 +79,13 @@ impl Home {
     pub(super) fn in_use(&self) -> Result<bool, GrantError> {
         // One at a time: two threads would take each other's lease away.
         let _alone = self.huge.write();
+        // Somebody who kept a path descriptor may open the file while we hold the lease, and the
+        // kernel then tells us by a signal: one that a process need not expect, SIGIO would end it.
+        // Giving up a lease resets the choice, so it is made every time.
+        set_lease_signal(&self.file, libc::SIGURG).map_err(|source| GrantError::Sys {
+            call: "F_SETSIG",
+            source,
+        })?;
         match set_lease(&self.file, LeaseKind::Write) {
             Ok(()) => {
                 set_lease(&self.file, LeaseKind::None).map_err(|source| GrantError::Sys {

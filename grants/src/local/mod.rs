@@ -128,7 +128,10 @@ impl LocalBackend {
         }
         let limit = match self.own_files.kind() {
             FrameStore::Memfd => None,
-            _ => self.config.class_size_max_bytes.or(self.config.size_max_bytes),
+            _ => self
+                .config
+                .class_size_max_bytes
+                .or(self.config.size_max_bytes),
         };
         let fresh = Arc::new(FrameFiles::new(self.own_files.kind(), limit)?);
         Ok(Arc::clone(self.files.write().entry(class).or_insert(fresh)))

@@ -37,7 +37,8 @@ impl LeaseKind {
 /// descriptor is open for writing and a read lease was wanted.
 ///
 /// Until [`set_lease_signal`] chose another one, the kernel reports a break by SIGIO, which ends a
-/// process that does not expect it.
+/// process that does not expect it. Giving up a lease undoes that choice: make it again each time
+/// before a lease is taken.
 pub fn set_lease(fd: impl AsFd, kind: LeaseKind) -> io::Result<()> {
     // SAFETY: F_SETLEASE takes an int by value and touches no memory of ours; the descriptor is
     // open for the length of the borrow.
@@ -58,7 +59,8 @@ pub fn lease(fd: impl AsFd) -> io::Result<LeaseKind> {
     })
 }
 
-/// Chooses the signal that reports a lease break on `fd`; it then carries the descriptor's number.
+/// Chooses the signal that reports a break of the next lease on `fd`; it then carries the
+/// descriptor's number. [`LeaseKind::None`] undoes it.
 pub fn set_lease_signal(fd: impl AsFd, signal: i32) -> io::Result<()> {
     /// include/uapi/asm-generic/fcntl.h; libc does not name it on every target.
     const F_SETSIG: libc::c_int = 10;
