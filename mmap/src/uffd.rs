@@ -192,12 +192,20 @@ enum Source<'a> {
 }
 
 fn last_os(result: c_int) -> io::Result<c_int> {
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
 }
 
 /// A new descriptor, without its API handshake.
 fn new_descriptor(source: &Source<'_>, mode: Mode) -> io::Result<OwnedFd> {
-    let only = if mode == Mode::UserModeOnly { UFFD_USER_MODE_ONLY } else { 0 };
+    let only = if mode == Mode::UserModeOnly {
+        UFFD_USER_MODE_ONLY
+    } else {
+        0
+    };
     let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | only;
     let fd = match source {
         Source::Syscall => {
@@ -231,14 +239,21 @@ unsafe fn ioctl<T>(fd: BorrowedFd<'_>, request: u64, argument: &mut T) -> io::Re
 }
 
 fn handshake(fd: BorrowedFd<'_>, features: u64) -> io::Result<u64> {
-    let mut api = UffdioApi { api: UFFD_API, features, ioctls: 0 };
+    let mut api = UffdioApi {
+        api: UFFD_API,
+        features,
+        ioctls: 0,
+    };
     // SAFETY: UFFDIO_API takes `struct uffdio_api`.
     unsafe { ioctl(fd, UFFDIO_API, &mut api) }?;
     Ok(api.features)
 }
 
 fn range(addr: usize, bytes: usize) -> UffdioRange {
-    UffdioRange { start: addr as u64, len: bytes as u64 }
+    UffdioRange {
+        start: addr as u64,
+        len: bytes as u64,
+    }
 }
 
 impl Uffd {
@@ -295,7 +310,9 @@ impl Uffd {
             let why = match error.raw_os_error() {
                 Some(libc::ENOSYS) => "the kernel is built without CONFIG_USERFAULTFD",
                 Some(libc::EPERM) => "userfaultfd(2) is not allowed here (a seccomp filter?)",
-                Some(libc::EOPNOTSUPP) => "the kernel's userfaultfd does not do shared memory files",
+                Some(libc::EOPNOTSUPP) => {
+                    "the kernel's userfaultfd does not do shared memory files"
+                }
                 Some(libc::EINVAL) => "the kernel is older than 5.11",
                 _ => "userfaultfd(2) failed",
             };
@@ -320,7 +337,11 @@ impl Uffd {
     /// From here on missing pages of the range (and stores, with `protect`) come here.
     pub(crate) fn register(&self, addr: usize, bytes: usize, protect: bool) -> io::Result<()> {
         let mode = REGISTER_MISSING | if protect { REGISTER_WP } else { 0 };
-        let mut argument = UffdioRegister { range: range(addr, bytes), mode, ioctls: 0 };
+        let mut argument = UffdioRegister {
+            range: range(addr, bytes),
+            mode,
+            ioctls: 0,
+        };
         // SAFETY: UFFDIO_REGISTER takes `struct uffdio_register`.
         unsafe { ioctl(self.fd.as_fd(), UFFDIO_REGISTER, &mut argument) }
     }
@@ -334,7 +355,10 @@ impl Uffd {
     }
 
     fn writeprotect(&self, addr: usize, bytes: usize, mode: u64) -> io::Result<()> {
-        let mut argument = UffdioWriteprotect { range: range(addr, bytes), mode };
+        let mut argument = UffdioWriteprotect {
+            range: range(addr, bytes),
+            mode,
+        };
         // SAFETY: UFFDIO_WRITEPROTECT takes `struct uffdio_writeprotect`.
         unsafe { ioctl(self.fd.as_fd(), UFFDIO_WRITEPROTECT, &mut argument) }
     }
@@ -371,7 +395,11 @@ impl Uffd {
     /// Makes missing pages SIGBUS. EEXIST where something is mapped, EAGAIN while mappings are just
     /// moving. Wakes who waits there.
     pub(crate) fn poison(&self, addr: usize, bytes: usize) -> io::Result<()> {
-        let mut argument = UffdioPoison { range: range(addr, bytes), mode: 0, updated: 0 };
+        let mut argument = UffdioPoison {
+            range: range(addr, bytes),
+            mode: 0,
+            updated: 0,
+        };
         // SAFETY: UFFDIO_POISON takes `struct uffdio_poison`.
         unsafe { ioctl(self.fd.as_fd(), UFFDIO_POISON, &mut argument) }
     }
@@ -411,8 +439,49 @@ impl Uffd {
             Ok(bytes) => Ok(bytes / size_of::<UffdMsg>()),
             Err(_) => {
                 let error = io::Error::last_os_error();
-                if error.kind() == io::ErrorKind::WouldBlock { Ok(0) } else { Err(error) }
+                if error.kind() == io::ErrorKind::WouldBlock {
+                    Ok(0)
+                } else {
+                    Err(error)
+                }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_source_gives_the_mode_it_should() {
+        fn open(policy: UserfaultPolicy, device: Option<BorrowedFd<'_>>) -> Mode {
+            Uffd::open(policy, None, device).unwrap().mode()
+        }
+        let flags = OFlags::RDWR | OFlags::CLOEXEC;
+        match rustix::fs::open("/dev/userfaultfd", flags, rustix::fs::Mode::empty()) {
+            // What a daemon hands to a guest that may make no full one by itself.
+            Ok(device) => {
+                assert_eq!(
+                    open(UserfaultPolicy::Best, Some(device.as_fd())),
+                    Mode::Full
+                );
+            }
+            Err(e) => eprintln!("not shown here: /dev/userfaultfd: {e}"),
+        }
+        assert_eq!(open(UserfaultPolicy::Best, None), Mode::UserModeOnly);
+        assert_eq!(
+            open(UserfaultPolicy::UserModeOnly, None),
+            Mode::UserModeOnly
+        );
+        let none = Uffd::open(UserfaultPolicy::None, None, None);
+        assert!(none.is_err());
+    }
+
+    #[test]
+    fn a_descriptor_that_is_no_userfaultfd_device_is_not_used() {
+        let null = std::fs::File::open("/dev/null").unwrap();
+        let uffd = Uffd::open(UserfaultPolicy::Best, None, Some(null.as_fd())).unwrap();
+        assert_eq!(uffd.mode(), Mode::UserModeOnly);
     }
 }

@@ -1,0 +1,275 @@
+//! What the library knows of one mapping, and every change of its pages.
+//!
+//! The lock `ops` orders the changes. The pager only ever tries it: who holds it may be moving
+//! pages, and a move is over when the pager has read its event. A fault that finds it taken is
+//! dropped, and who lets go of it wakes everybody who waits in the mapping; their accesses fault
+//! again, if they still must.
+
+mod change;
+mod serve;
+
+use crate::bitmap::Bitmap;
+use crate::error::{MmapError, Result};
+use crate::file::{Content, FileInner};
+use crate::mapping::{MapKind, PageError};
+use crate::quiet::{Leaf, LeafGuard};
+use crate::session::Shared;
+use crate::sys::{Protection, Region};
+use crate::uffd::Uffd;
+use crate::window::{Window, Windows};
+use copage_coherence::msg::Generation;
+use copage_grants::{PAGE_SIZE, PAGE_SIZE_U64};
+use std::collections::BTreeSet;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
+
+/// What `ops` protects.
+struct Ops {
+    /// The address space; `None` when it was unmapped.
+    region: Option<Region>,
+    /// All of it is SIGBUS, for good.
+    refused: bool,
+    /// Pages that are SIGBUS because the daemon refused them.
+    refused_pages: BTreeSet<usize>,
+    /// Pages that were stored to (or are just being stored to).
+    private: Bitmap,
+    /// Those of them that a rebase passed over: a copy of its own should be there; what is mapped
+    /// below it is an older content, of which nothing comes any more.
+    behind: Bitmap,
+    last_error: Option<PageError>,
+}
+
+/// A mapping as pager, worker and callers share it. Pages are counted from its start.
+pub(crate) struct Mapped {
+    file: Arc<FileInner>,
+    kind: MapKind,
+    addr: usize,
+    bytes: usize,
+    first_page: u64,
+    generation: AtomicU32,
+    ops: Leaf<Ops>,
+    /// The pager found `ops` taken and dropped a fault.
+    missed: AtomicBool,
+    /// The pager's alone; a lock because it must be shared.
+    windows: Leaf<Windows>,
+}
+
+/// Holds `ops` on any thread but the pager's.
+struct OpsLock<'a> {
+    guard: Option<LeafGuard<'a, Ops>>,
+    mapped: &'a Mapped,
+    uffd: Option<&'a Uffd>,
+}
+
+impl Drop for OpsLock<'_> {
+    fn drop(&mut self) {
+        self.guard = None;
+        // Pairs with the fence in `try_ops`: either the pager sees the lock free, or this sees
+        // that it missed something.
+        fence(Ordering::SeqCst);
+        if self.mapped.missed.swap(false, Ordering::SeqCst)
+            && let Some(uffd) = self.uffd
+        {
+            uffd.wake(self.mapped.addr, self.mapped.bytes);
+        }
+    }
+}
+
+impl OpsLock<'_> {
+    fn ops(&mut self) -> Option<&mut Ops> {
+        self.guard.as_deref_mut()
+    }
+}
+
+/// How a change by the pager went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Change {
+    /// Done; wake who waits.
+    Done,
+    /// Nothing was done and nobody need be woken: somebody else will.
+    Missed,
+}
+
+/// Maps a range of a content where nobody sees it yet: registered, and armed if it can be stored
+/// to. That order is all that keeps holes from reading as zeros, and stores from being unnoticed.
+pub(crate) fn fresh(
+    uffd: &Uffd,
+    content: &Content,
+    offset: u64,
+    bytes: usize,
+    kind: MapKind,
+    align: usize,
+) -> Result<Region> {
+    let home = content
+        .home
+        .as_ref()
+        .ok_or_else(|| MmapError::Protocol("a content without a descriptor".into()))?;
+    let (protection, private) = protection(kind);
+    let region = Region::map(home.as_fd(), offset, bytes, protection, align)
+        .map_err(|e| MmapError::sys("mmap of the file's pages", &e))?;
+    uffd.register(region.addr(), bytes, private)
+        .map_err(|e| MmapError::sys("UFFDIO_REGISTER", &e))?;
+    if private && !skip_arm() {
+        uffd.protect(region.addr(), bytes)
+            .map_err(|e| MmapError::sys("UFFDIO_WRITEPROTECT", &e))?;
+    }
+    Ok(region)
+}
+
+#[cfg(test)]
+thread_local! {
+    /// The seeded mutant "skip the arm": stores to private mappings that this thread makes go
+    /// unnoticed. Never in a real build.
+    pub(crate) static SKIP_ARM: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+}
+
+#[cfg(test)]
+fn skip_arm() -> bool {
+    SKIP_ARM.get()
+}
+
+#[cfg(not(test))]
+const fn skip_arm() -> bool {
+    false
+}
+
+const fn protection(kind: MapKind) -> (Protection, bool) {
+    match kind {
+        MapKind::Shared => (Protection::Read, false),
+        MapKind::Private => (Protection::ReadWrite, true),
+    }
+}
+
+/// Bytes of `pages` pages; pages of a mapping, so that it cannot overflow.
+const fn span(pages: usize) -> usize {
+    pages * PAGE_SIZE
+}
+
+impl Mapped {
+    pub(crate) fn new(
+        file: Arc<FileInner>,
+        kind: MapKind,
+        first_page: u64,
+        generation: Generation,
+        region: Region,
+    ) -> Self {
+        let (addr, bytes) = (region.addr(), region.bytes());
+        Self {
+            file,
+            kind,
+            addr,
+            bytes,
+            first_page,
+            generation: AtomicU32::new(generation.0),
+            ops: Leaf::new(Ops {
+                region: Some(region),
+                refused: false,
+                refused_pages: BTreeSet::new(),
+                private: Bitmap::new(bytes / PAGE_SIZE),
+                behind: Bitmap::new(bytes / PAGE_SIZE),
+                last_error: None,
+            }),
+            missed: AtomicBool::new(false),
+            windows: Leaf::new(Windows::default()),
+        }
+    }
+
+    pub(crate) fn file(&self) -> &Arc<FileInner> {
+        &self.file
+    }
+
+    pub(crate) fn kind(&self) -> MapKind {
+        self.kind
+    }
+
+    pub(crate) fn addr(&self) -> usize {
+        self.addr
+    }
+
+    /// Whole pages.
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    fn pages(&self) -> usize {
+        self.bytes / PAGE_SIZE
+    }
+
+    /// The file's page at its start.
+    pub(crate) fn first_page(&self) -> u64 {
+        self.first_page
+    }
+
+    /// The content that its pages are of.
+    pub(crate) fn generation(&self) -> Generation {
+        Generation(self.generation.load(Ordering::Acquire))
+    }
+
+    /// The address of a page of the file, if it is mapped here.
+    fn address_of(&self, file_page: u64) -> Option<usize> {
+        let page = usize::try_from(file_page.checked_sub(self.first_page)?).ok()?;
+        (page < self.pages()).then(|| self.addr + span(page))
+    }
+
+    /// Wakes who waits for pages `first..first + count` of the file.
+    pub(crate) fn wake(&self, uffd: &Uffd, first: u64, count: u32) {
+        let from = first.max(self.first_page);
+        let until = (first + u64::from(count)).min(self.first_page + self.pages() as u64);
+        if let Some(addr) = self.address_of(from)
+            && from < until
+        {
+            uffd.wake(addr, span((until - from) as usize));
+        }
+    }
+
+    /// Wakes all who wait.
+    pub(crate) fn wake_all(&self, uffd: &Uffd) {
+        uffd.wake(self.addr, self.bytes);
+    }
+
+    /// What to ask for at a fault on a page of the file whose length is `file_bytes`.
+    pub(crate) fn window(&self, file_page: u64, file_bytes: u64) -> Window {
+        let mapped_end = self.first_page + self.pages() as u64;
+        let end = mapped_end
+            .min(file_bytes.div_ceil(PAGE_SIZE_U64))
+            .max(file_page + 1);
+        self.windows.lock().choose(file_page, end)
+    }
+
+    /// For the pager: `None` when somebody holds it, who will wake everybody when done.
+    fn try_ops(&self) -> Option<LeafGuard<'_, Ops>> {
+        if let Some(guard) = self.ops.try_lock() {
+            return Some(guard);
+        }
+        self.missed.store(true, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+        // Free by now: its holder may have looked before `missed` was set.
+        self.ops.try_lock()
+    }
+
+    /// For every thread but the pager.
+    fn lock<'a>(&'a self, shared: &'a Shared) -> OpsLock<'a> {
+        OpsLock {
+            guard: Some(self.ops.lock()),
+            mapped: self,
+            uffd: shared.uffd.as_ref().ok(),
+        }
+    }
+}
+
+/// All of it SIGBUS: one mapping in place of many always fits.
+fn refuse_all(ops: &mut Ops, kind: MapKind, empty: BorrowedFd<'_>, error: &io::Error) {
+    let (protection, _) = protection(kind);
+    if let Some(region) = &ops.region
+        && let Err(e) = region.refuse(0, region.bytes(), protection, empty)
+    {
+        tracing::error!(error = %e, "a mapping could not be refused");
+    }
+    ops.refused = true;
+    ops.last_error = Some(PageError {
+        offset: None,
+        error: MmapError::sys("mapping fresh pages", error),
+    });
+}

@@ -1,0 +1,85 @@
+//! The pager's changes of a mapping: they only try the lock, and never wait.
+
+use super::{Change, Mapped, protection, refuse_all};
+use crate::error::MmapError;
+use crate::mapping::{MapKind, PageError};
+use crate::uffd::Uffd;
+use copage_grants::PAGE_SIZE;
+use std::os::fd::BorrowedFd;
+
+impl Mapped {
+    /// A store to a page of the file: it is private from here on, and the store goes through when
+    /// it is woken.
+    pub(crate) fn store(&self, uffd: &Uffd, file_page: u64) -> Change {
+        let Some(mut ops) = self.try_ops() else {
+            return Change::Missed;
+        };
+        let (Some(addr), Some(_)) = (self.address_of(file_page), &ops.region) else {
+            return Change::Done;
+        };
+        ops.private.set((addr - self.addr) / PAGE_SIZE);
+        // EAGAIN while some mapping is moving: the store faults again and comes back here. ENOENT
+        // where the page is refused: it will see that.
+        let _ = uffd.unprotect(addr, PAGE_SIZE);
+        Change::Done
+    }
+
+    /// Was this page passed over by a rebase? If it is missing nevertheless, the store for which it
+    /// was counted as private never came, and the daemon has nothing for it: see [`Self::restore`].
+    /// `None`: the mapping is being changed, and who does that wakes everybody.
+    pub(crate) fn try_is_behind(&self, file_page: u64) -> Option<bool> {
+        if self.kind == MapKind::Shared {
+            return Some(false);
+        }
+        let ops = self.try_ops()?;
+        let addr = self.address_of(file_page)?;
+        Some(ops.behind.get((addr - self.addr) / PAGE_SIZE))
+    }
+
+    /// Makes one page SIGBUS.
+    pub(crate) fn refuse_page(
+        &self,
+        uffd: &Uffd,
+        empty: BorrowedFd<'_>,
+        file_page: u64,
+        error: MmapError,
+    ) -> Change {
+        let Some(mut ops) = self.try_ops() else {
+            return Change::Missed;
+        };
+        let ops = &mut *ops;
+        let (Some(addr), Some(region)) = (self.address_of(file_page), &ops.region) else {
+            return Change::Done;
+        };
+        let at = addr - self.addr;
+        ops.last_error = Some(PageError {
+            offset: Some(at),
+            error,
+        });
+        if ops.refused {
+            return Change::Done;
+        }
+        // A private mapping's pages are armed, and an armed page cannot be poisoned.
+        if self.kind == MapKind::Shared && uffd.can_poison() {
+            match uffd.poison(addr, PAGE_SIZE) {
+                Ok(()) => {
+                    ops.refused_pages.insert(at / PAGE_SIZE);
+                    return Change::Done;
+                }
+                // There by now, or just moving: the access tries again and sees.
+                Err(e) if matches!(e.raw_os_error(), Some(libc::EEXIST | libc::EAGAIN)) => {
+                    return Change::Done;
+                }
+                Err(_) => {}
+            }
+        }
+        let (protection, _) = protection(self.kind);
+        match region.refuse(at, PAGE_SIZE, protection, empty) {
+            Ok(()) => {
+                ops.refused_pages.insert(at / PAGE_SIZE);
+            }
+            Err(e) => refuse_all(ops, self.kind, empty, &e),
+        }
+        Change::Done
+    }
+}

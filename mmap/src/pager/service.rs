@@ -1,0 +1,263 @@
+//! Faults: what is asked for them, and what the answers do.
+
+use super::Pager;
+use super::faults::{InFlight, Waiter};
+use super::worker::Job;
+use crate::error::{LostWhy, MmapError};
+use crate::file::{Content, FileInner};
+use crate::limits::EVENTS_MAX;
+use crate::mapped::{Change, Mapped};
+use crate::mapping::MapKind;
+use crate::session::Answer;
+use crate::uffd::{FaultEvent, UffdMsg};
+use copage_coherence::msg::{FaultHint, Generation, PageRange, Reply, Request};
+use copage_grants::{PAGE_SIZE, PAGE_SIZE_U64, PageIndex, Version};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+impl Pager {
+    pub(super) fn events(&mut self) {
+        let shared = Arc::clone(&self.shared);
+        let Ok(uffd) = &shared.uffd else { return };
+        let mut events = [UffdMsg::default(); EVENTS_MAX];
+        match uffd.read(&mut events) {
+            Ok(count) => {
+                for fault in events.iter().take(count).filter_map(UffdMsg::fault) {
+                    self.fault(fault);
+                }
+            }
+            Err(e) => self.lose(LostWhy::Sys {
+                call: "read of the userfaultfd",
+                errno: e.raw_os_error().unwrap_or(libc::EIO),
+            }),
+        }
+    }
+
+    fn fault(&mut self, fault: FaultEvent) {
+        if self.ending {
+            // The worker wakes it when the page is SIGBUS.
+            return;
+        }
+        let shared = Arc::clone(&self.shared);
+        let Ok(uffd) = &shared.uffd else { return };
+        let found = shared.space.lock().find(fault.address).cloned();
+        let Some(mapped) = found else {
+            // Just being unmapped. It is for the kernel to say what the access gets.
+            uffd.wake(fault.address, PAGE_SIZE);
+            return;
+        };
+        if mapped.file().rebases.load(Ordering::SeqCst) > 0 {
+            // The worker wakes it when the rebase is done.
+            return;
+        }
+        let within = (fault.address - mapped.addr()) / PAGE_SIZE;
+        let page = mapped.first_page() + within as u64;
+        if fault.protected {
+            if mapped.store(uffd, page) == Change::Done {
+                mapped.wake(uffd, page, 1);
+            }
+            return;
+        }
+        match mapped.try_is_behind(page) {
+            Some(false) => {}
+            Some(true) => {
+                self.restore(mapped, page);
+                return;
+            }
+            // Whoever changes the mapping just now wakes it.
+            None => return,
+        }
+        let write = fault.write && mapped.kind() == MapKind::Private;
+        self.want(Waiter {
+            mapped,
+            page,
+            write,
+        });
+    }
+
+    /// Asks for the bytes of a private page that is missing; the worker puts them there.
+    fn restore(&mut self, mapped: Arc<Mapped>, page: u64) {
+        if self.faults.is_restoring(&mapped, page) {
+            return;
+        }
+        let number = self.shared.session.number();
+        let request = Request::Read {
+            file: mapped.file().token,
+            offset: page * PAGE_SIZE_U64,
+            len: PAGE_SIZE as u32,
+        };
+        self.send(number, &request);
+        self.faults.insert_restore(number, mapped, page);
+    }
+
+    pub(super) fn restored(&mut self, mapped: Arc<Mapped>, file_page: u64, answer: &Answer) {
+        let bytes = match answer.reply() {
+            Ok(Reply::Bytes { data: [] }) => Err(MmapError::Invalid(
+                "the page is past the end of the file".into(),
+            )),
+            Ok(Reply::Bytes { data }) if data.len() <= PAGE_SIZE => {
+                let mut page = Box::new([0; PAGE_SIZE]);
+                page[..data.len()].copy_from_slice(data);
+                Ok(page)
+            }
+            Ok(other) => Err(crate::client::unexpected("one page of Bytes", &other)),
+            Err(e) => Err(e),
+        };
+        let _ = self.shared.jobs.send(Job::Restore {
+            mapped,
+            file_page,
+            bytes,
+        });
+    }
+
+    /// Asks for a page, unless it is on its way.
+    fn want(&mut self, waiter: Waiter) {
+        if self.faults.join(&waiter) {
+            return;
+        }
+        let bytes = waiter.mapped.file().content.lock().bytes;
+        let window = waiter.mapped.window(waiter.page, bytes);
+        let count = self.faults.clip(&waiter, window.count);
+        self.ask(waiter, count, window.hint);
+    }
+
+    fn ask(&mut self, waiter: Waiter, count: u32, hint: FaultHint) {
+        let file = Arc::clone(waiter.mapped.file());
+        let generation = waiter.mapped.generation();
+        let first = waiter.page;
+        let number = self.shared.session.number();
+        let range = PageRange {
+            first: PageIndex(first),
+            count,
+        };
+        self.send(
+            number,
+            &Request::Fault {
+                file: file.token,
+                generation,
+                range,
+                hint,
+            },
+        );
+        let waiters = vec![waiter];
+        self.faults.insert(
+            number,
+            InFlight {
+                file,
+                generation,
+                first,
+                count,
+                waiters,
+            },
+        );
+    }
+
+    pub(super) fn answered(&mut self, flight: InFlight, bytes: Vec<u8>, fd: Option<OwnedFd>) {
+        let answer = Answer::new(bytes, fd);
+        match answer.reply() {
+            Ok(Reply::Granted { range, .. }) => self.granted(flight, range),
+            Ok(Reply::Stale {
+                generation,
+                version,
+                bytes,
+            }) => {
+                if generation <= flight.generation {
+                    let text = "stale, but there is no newer content".into();
+                    self.refused(flight, &MmapError::Protocol(text));
+                    return;
+                }
+                drop(flight.waiters);
+                let content = (generation, version, bytes);
+                self.newer(flight.file, content, answer.fd, None);
+            }
+            Ok(other) => {
+                let error = crate::client::unexpected("Granted", &other);
+                self.refused(flight, &error);
+            }
+            Err(error) => self.refused(flight, &error),
+        }
+    }
+
+    fn granted(&mut self, flight: InFlight, range: PageRange) {
+        let shared = Arc::clone(&self.shared);
+        let Ok(uffd) = &shared.uffd else { return };
+        let first = range.first.0;
+        let granted = first..first.saturating_add(range.count.into());
+        if !granted.contains(&flight.first) {
+            let text = "granted, but not the page that was asked for".into();
+            self.refused(flight, &MmapError::Protocol(text));
+            return;
+        }
+        let (here, rest): (Vec<_>, Vec<_>) = flight
+            .waiters
+            .into_iter()
+            .partition(|w| granted.contains(&w.page));
+        for waiter in here.iter().filter(|w| w.write) {
+            // Missed or not: it is woken below, and faults again if need be.
+            let _ = waiter.mapped.store(uffd, waiter.page);
+        }
+        for (i, waiter) in here.iter().enumerate() {
+            // One wake for each mapping.
+            if !here[..i]
+                .iter()
+                .any(|w| Arc::ptr_eq(&w.mapped, &waiter.mapped))
+            {
+                waiter.mapped.wake(uffd, first, range.count);
+            }
+        }
+        for waiter in rest {
+            self.want(waiter);
+        }
+    }
+
+    /// The daemon refused a request: if it was for more than one page, each page that is waited for
+    /// is asked for by itself, so that one bad page does not take its neighbours along.
+    fn refused(&mut self, flight: InFlight, error: &MmapError) {
+        let shared = Arc::clone(&self.shared);
+        let Ok(uffd) = &shared.uffd else { return };
+        for waiter in flight.waiters {
+            if flight.count > 1 {
+                if !self.faults.join(&waiter) {
+                    self.ask(waiter, 1, FaultHint::Random);
+                }
+                continue;
+            }
+            let empty = shared.empty.as_fd();
+            let change = waiter
+                .mapped
+                .refuse_page(uffd, empty, waiter.page, error.clone());
+            if change == Change::Done {
+                waiter.mapped.wake(uffd, waiter.page, 1);
+            }
+        }
+    }
+
+    /// Hands a newer content to the worker. Faults of the file lie until it is done.
+    pub(super) fn newer(
+        &mut self,
+        file: Arc<FileInner>,
+        (generation, version, bytes): (Generation, Version, u64),
+        fd: Option<OwnedFd>,
+        recall: Option<u64>,
+    ) {
+        let Some(fd) = fd else {
+            self.lose(LostWhy::Protocol(
+                "a newer content came without its descriptor".into(),
+            ));
+            return;
+        };
+        let content = Content {
+            generation,
+            version,
+            bytes,
+            home: Some(Arc::new(fd)),
+        };
+        file.rebases.fetch_add(1, Ordering::SeqCst);
+        let _ = self.shared.jobs.send(Job::Rebase {
+            file,
+            content,
+            recall,
+        });
+    }
+}
