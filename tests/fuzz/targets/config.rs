@@ -22,7 +22,7 @@ fuzz_target!(init: seeds::write(good()), |data: &[u8]| {
     let Ok(text) = std::str::from_utf8(data) else {
         return;
     };
-    if let Err(error) = copage::serve::Config::parse(text) {
+    if let Err(error) = copage::config::Config::parse(text) {
         assert!(!error.to_string().is_empty());
     }
 });

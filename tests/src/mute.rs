@@ -1,0 +1,198 @@
+//! A guest process that holds what it was given and does not let go: it renews (until told not to),
+//! answers no notice, and keeps its plain mapping whatever happens to its session.
+
+use crate::guest::program;
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// One such process. Killed when dropped.
+pub struct Mute {
+    child: Child,
+    orders: ChildStdin,
+    answers: BufReader<ChildStdout>,
+}
+
+impl Mute {
+    /// Starts it as guest `name`: it opens `path` of `export` (`how`: `map` or `pin`), faults all of
+    /// it in and maps it.
+    pub fn start(dir: &Path, socket: &Path, name: &str, path: &str, how: &str) -> Self {
+        Self::try_start(dir, socket, name, path, how).unwrap_or_else(|e| panic!("{name}: {e}"))
+    }
+
+    /// As [`Self::start`]; in words when the daemon refuses.
+    pub fn try_start(
+        dir: &Path,
+        socket: &Path,
+        name: &str,
+        path: &str,
+        how: &str,
+    ) -> Result<Self, String> {
+        let mut child = Command::new(program("copage-test-guest"))
+            .current_dir(dir)
+            .arg("mute")
+            .arg(socket)
+            .args([name, path, how])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("a guest process");
+        let orders = child.stdin.take().expect("piped");
+        let answers = BufReader::new(child.stdout.take().expect("piped"));
+        let mut mute = Self {
+            child,
+            orders,
+            answers,
+        };
+        match mute.line().as_str() {
+            "ready" => Ok(mute),
+            other => Err(other.to_owned()),
+        }
+    }
+
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.answers
+            .read_line(&mut line)
+            .expect("a pipe can be read");
+        line.trim_end().to_owned()
+    }
+
+    fn ask(&mut self, order: &str) -> String {
+        writeln!(self.orders, "{order}").expect("the process lives");
+        self.line()
+    }
+
+    /// It renews no more.
+    pub fn stop_renewing(&mut self) {
+        assert_eq!(self.ask("stop-renewing"), "done");
+    }
+
+    /// Waits until the daemon has hung up on it; how long that took.
+    pub fn wait_fenced(&mut self, at_most: Duration) -> Duration {
+        let begin = Instant::now();
+        while self.ask("fenced") != "yes" {
+            assert!(begin.elapsed() < at_most, "not fenced after {at_most:?}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        begin.elapsed()
+    }
+
+    /// The versions of the pages that its mapping shows, each once; pages of zeros are left out, any
+    /// other wrong page is version 0.
+    pub fn versions(&mut self) -> Vec<u32> {
+        let answer = self.ask("versions");
+        answer
+            .split_whitespace()
+            .map(|v| v.parse().expect("a version"))
+            .collect()
+    }
+
+    /// SIGKILL, and waits for its end.
+    pub fn kill(&mut self) {
+        self.child.kill().expect("a child can be killed");
+        self.child.wait().expect("a child can be waited for");
+    }
+}
+
+impl Drop for Mute {
+    fn drop(&mut self) {
+        // It may have ended.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// What the process does: see [`Mute`]. Returns when its standard input ends.
+pub fn run(socket: &Path, name: &str, path: &str, how: &str) -> std::io::Result<()> {
+    use copage::demo::pattern::{self, PageContent};
+    use copage_coherence::msg::{OpenHow, Request};
+    let mut out = std::io::stdout();
+    let mut say = |text: String| writeln!(out, "{text}").and_then(|()| out.flush());
+    let mut raw = match crate::raw::Raw::try_hello(socket, name) {
+        Ok(raw) => raw,
+        Err(errno) => return say(format!("hello: errno {errno}")),
+    };
+    let root = raw.attach("export");
+    let node = match raw.lookup(root, path.as_bytes()) {
+        Ok(node) => node,
+        Err(errno) => return say(format!("lookup: errno {errno}")),
+    };
+    let how = if how == "pin" {
+        OpenHow::Pin
+    } else {
+        OpenHow::Map
+    };
+    let mut file = match raw.try_open(node, how) {
+        Ok(file) => file,
+        Err(errno) => return say(format!("open: errno {errno}")),
+    };
+    if how == OpenHow::Map {
+        let pages = u32::try_from(copage_grants::pages_for(file.bytes)).unwrap_or(u32::MAX);
+        if let Err(errno) = raw.fault(&file, 0, pages) {
+            return say(format!("fault: errno {errno}"));
+        }
+    }
+    let home = file
+        .fd
+        .take()
+        .map(std::fs::File::from)
+        .ok_or(std::io::ErrorKind::NotFound)?;
+    let mapping = copage_mmap::native::NativeMapping::new(&home, true)?;
+    let mut renewing = true;
+    let orders = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        for line in std::io::stdin().lock().lines().map_while(Result::ok) {
+            if orders.0.send(line).is_err() {
+                return;
+            }
+        }
+    });
+    say("ready".into())?;
+    let mut fenced = false;
+    loop {
+        match orders.1.recv_timeout(raw.lease_ttl / 4) {
+            Ok(order) => match order.as_str() {
+                "stop-renewing" => {
+                    renewing = false;
+                    say("done".into())?;
+                }
+                "fenced" => say(if fenced { "yes".into() } else { "no".into() })?,
+                _ => {
+                    let bytes = mapping.as_volatile().to_vec();
+                    let mut versions: Vec<u32> = Vec::new();
+                    for (index, page) in (0..).zip(bytes.chunks(copage_grants::PAGE_SIZE)) {
+                        let version = match pattern::check(page, index) {
+                            PageContent::Whole(version) => version,
+                            PageContent::Wrong if page.iter().all(|&b| b == 0) => continue,
+                            PageContent::Wrong => 0,
+                        };
+                        if !versions.contains(&version) {
+                            versions.push(version);
+                        }
+                    }
+                    let words: Vec<String> = versions.iter().map(u32::to_string).collect();
+                    say(words.join(" "))?;
+                }
+            },
+            Err(std::sync::mpsc::RecvTimeoutError::Timeout) => {}
+            Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => return Ok(()),
+        }
+        if renewing && !fenced {
+            fenced = raw.tell(&Request::Renew).is_none();
+        }
+        // Hears everything, answers nothing.
+        let mut bytes = vec![0; copage_coherence::msg::MESSAGE_BYTES_MAX];
+        loop {
+            match raw.channel.try_recv(&mut bytes) {
+                Ok(_) => {}
+                Err(copage_grants::channel::ChannelError::WouldBlock) => break,
+                Err(_) => {
+                    fenced = true;
+                    break;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,205 @@
+//! What a test says to a guest process and what it answers: one JSON document a line.
+
+use serde::{Deserialize, Serialize};
+
+/// An order to a guest.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "do", rename_all = "kebab-case")]
+pub enum Order {
+    /// Begin a session.
+    Connect {
+        /// The daemon's socket.
+        socket: String,
+        /// The name to say; empty: whatever the credentials say.
+        name: String,
+        /// `best`, `user-mode-only` or `none`.
+        userfault: String,
+    },
+    /// Map a whole file; mappings are numbered from 0.
+    Map {
+        /// The export.
+        export: String,
+        /// Below it.
+        path: String,
+        /// A private mapping.
+        private: bool,
+    },
+    /// Pin a whole file and map its descriptor plainly; a mapping like the others.
+    Pin {
+        /// The export.
+        export: String,
+        /// Below it.
+        path: String,
+    },
+    /// Read one page by plain loads. SIGBUS ends the process.
+    Load {
+        /// Which mapping.
+        mapping: usize,
+        /// Which page.
+        page: u64,
+    },
+    /// Read one page through /proc/self/mem: what would be SIGBUS for a load is an error here.
+    Probe {
+        /// Which mapping.
+        mapping: usize,
+        /// Which page.
+        page: u64,
+    },
+    /// Store to one page through /proc/self/mem, which the kernel lets a process do to its own
+    /// private mappings, read-only ones too.
+    Poke {
+        /// Which mapping.
+        mapping: usize,
+        /// Which page.
+        page: u64,
+    },
+    /// Bring pages.
+    Populate {
+        /// Which mapping.
+        mapping: usize,
+        /// The first page.
+        first: u64,
+        /// How many.
+        count: u64,
+    },
+    /// Read all mappings (pattern files) again and again in a thread until `Stop`.
+    Watch {
+        /// Runs of this many pages one after the other, each run at a random place.
+        run_pages: u64,
+    },
+    /// What the thread has seen so far, without stopping it.
+    Look,
+    /// End `Watch` and tell what it saw.
+    Stop,
+    /// Read a file by messages.
+    Read {
+        /// The export.
+        export: String,
+        /// Below it.
+        path: String,
+        /// From where.
+        offset: u64,
+        /// How much.
+        len: usize,
+    },
+    /// Compares an export's file, byte by byte, with a file of this machine.
+    Compare {
+        /// Which mapping.
+        mapping: usize,
+        /// The other file.
+        with: String,
+    },
+    /// What the mapping shows now.
+    Generation {
+        /// Which mapping.
+        mapping: usize,
+    },
+    /// Unmap everything and keep the session.
+    Unmap,
+    /// Why the session is lost, if it is.
+    Lost,
+    /// Ends the session.
+    Disconnect,
+}
+
+/// What a guest answers.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "did", rename_all = "kebab-case")]
+pub enum Answer {
+    /// Connected.
+    Connected {
+        /// The domid.
+        dom: u16,
+        /// The epoch.
+        epoch: u64,
+        /// The name by which the daemon knows it.
+        name: String,
+        /// Frames cannot be written by this guest.
+        read_only_enforced: bool,
+        /// Faults of the kernel are served too.
+        full: bool,
+    },
+    /// Mapped.
+    Mapped {
+        /// Its number.
+        mapping: usize,
+        /// Its length in bytes.
+        bytes: u64,
+    },
+    /// One page: its version by the pattern, `None` when it is not whole.
+    Page {
+        /// The version.
+        version: Option<u32>,
+        /// All of it is zero.
+        zero: bool,
+    },
+    /// What `Watch` has seen.
+    Watched(Watched),
+    /// Bytes read.
+    Bytes {
+        /// The bytes.
+        bytes: Vec<u8>,
+    },
+    /// Bytes compared.
+    Compared {
+        /// How many.
+        bytes: u64,
+        /// Where the first difference is.
+        differs_at: Option<u64>,
+    },
+    /// What the mapping shows.
+    Generation {
+        /// The generation.
+        generation: u32,
+        /// The file's length, in bytes, as last heard.
+        bytes: u64,
+        /// Without kernel lease at open.
+        host_bounded: bool,
+    },
+    /// Why the session is lost.
+    Lost {
+        /// In words; `None`: it is not.
+        why: Option<String>,
+    },
+    /// Done.
+    Done,
+    /// It failed.
+    Failed {
+        /// The errno.
+        errno: i32,
+        /// In words.
+        why: String,
+    },
+}
+
+/// What a watching guest saw.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct Watched {
+    /// Pages read, every word checked.
+    pub pages: u64,
+    /// Pages torn, zero, or another's.
+    pub wrong: u64,
+    /// Pages whose version was below one seen earlier of the same page.
+    pub backwards: u64,
+    /// The newest version seen.
+    pub newest: u32,
+    /// The lowest version of the last pass over each page, of pages seen at all.
+    pub oldest: u32,
+    /// The longest that one run took, in ms.
+    pub slowest_ms: u64,
+}
+
+impl Watched {
+    /// Sums what two guests saw.
+    #[must_use]
+    pub fn and(self, other: Self) -> Self {
+        Self {
+            pages: self.pages + other.pages,
+            wrong: self.wrong + other.wrong,
+            backwards: self.backwards + other.backwards,
+            newest: self.newest.max(other.newest),
+            oldest: self.oldest.min(other.oldest),
+            slowest_ms: self.slowest_ms.max(other.slowest_ms),
+        }
+    }
+}
