@@ -156,6 +156,8 @@ impl Cache {
         if u64::from(first) == end && before > 0 {
             window = before.saturating_mul(2).clamp(count, longest);
         }
+        // What it has grown to, whatever the border makes of it this time.
+        let grown = window;
         // Up to a 2 MiB border, so that whole units come together and can be backed by huge frames.
         let border = (first + window) / HUGE_PAGES * HUGE_PAGES;
         if border >= first + count {
@@ -163,7 +165,7 @@ impl Cache {
         }
         let left = (pages_for(inner.state.bytes) as u32).saturating_sub(first);
         window = window.min(left).clamp(count, FILL_PAGES_MAX.max(count));
-        inner.sequence = (u64::from(first + window), window);
+        inner.sequence = (u64::from(first + window), grown);
         window
     }
 

@@ -17,12 +17,12 @@ impl Cache {
     pub(crate) fn reserve(&self, count: u32, out: &mut Vec<FrameNo>) -> bool {
         for _ in 0..3 {
             let missing = count - out.len() as u32;
-            let short = {
+            let (short, batch) = {
                 let mut frames = self.frames.lock();
                 frames.take(missing, out);
-                count - out.len() as u32
+                (count - out.len() as u32, frames.batch())
             };
-            if short == 0 || self.evict_batch(short.max(RECLAIM_BATCH)) == 0 {
+            if short == 0 || self.evict_batch(short.max(batch)) == 0 {
                 break;
             }
         }
@@ -220,12 +220,13 @@ impl Cache {
     /// Brings the frames in use down to the budget, and a little more.
     pub(crate) fn refill(&self) {
         loop {
-            let missing = {
+            let (missing, batch) = {
                 let frames = self.frames.lock();
                 let over = frames.used().saturating_sub(frames.budget());
-                (over + 2 * frames.watermark()).saturating_sub(frames.available())
+                let wanted = over + 2 * frames.watermark();
+                (wanted.saturating_sub(frames.available()), frames.batch())
             };
-            if missing == 0 || self.evict_batch(missing.clamp(RECLAIM_BATCH, 8 * RECLAIM_BATCH)) == 0 {
+            if missing == 0 || self.evict_batch(missing.clamp(batch, 8 * RECLAIM_BATCH)) == 0 {
                 return;
             }
         }

@@ -3,7 +3,7 @@
 use super::{accounts::Accounts, ghost::Ghosts};
 use crate::config::GuestId;
 use crate::file::CachedFile;
-use crate::limits::{WATERMARK_DIVISOR, WATERMARK_FRAMES_MAX};
+use crate::limits::{RECLAIM_BATCH, WATERMARK_DIVISOR, WATERMARK_FRAMES_MAX};
 use copage_grants::FrameNo;
 use std::sync::Weak;
 
@@ -37,7 +37,7 @@ pub(crate) enum FrameState {
 const STATES: usize = 9;
 const QUEUES: usize = 4;
 
-/// 24 bytes a frame; with ghosts (4) and its place in an index (at most 27) below the 64 allowed.
+/// 24 bytes a frame; with ghosts (4) and its place in an index (at most 28) below the 64 allowed.
 #[derive(Clone, Copy, Debug)]
 struct Meta {
     /// The home's slot.
@@ -133,6 +133,11 @@ impl FrameTable {
     /// Below this many available frames, some are given back ahead of need.
     pub(crate) fn watermark(&self) -> u32 {
         (self.budget / WATERMARK_DIVISOR).min(WATERMARK_FRAMES_MAX)
+    }
+
+    /// How many frames are given back in one go: not so many that what was just granted goes too.
+    pub(crate) fn batch(&self) -> u32 {
+        RECLAIM_BATCH.min(self.budget / 8).max(1)
     }
 
     /// Could anything be given back, now or when somebody answers?
