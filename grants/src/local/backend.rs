@@ -46,12 +46,9 @@ impl Backend for LocalBackend {
     }
 
     fn close_home(&self, home: HomeId) -> Result<(), GrantError> {
-        let closed = self
-            .homes
-            .write()
-            .remove(&home)
-            .ok_or(GrantError::NoSuchHome(home))?;
-        closed.close()
+        self.home(home)?.close()?;
+        self.homes.write().remove(&home);
+        Ok(())
     }
 
     fn home_descriptor(&self, home: HomeId) -> Result<OwnedFd, GrantError> {

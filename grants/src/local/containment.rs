@@ -83,7 +83,6 @@ fn attack(fd: BorrowedFd<'_>) {
     let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
     assert!(rustix::fs::chmod(path.as_str(), Mode::from_raw_mode(0o777)).is_err());
     assert!(rustix::fs::fcntl_add_seals(fd, rustix::fs::SealFlags::FUTURE_WRITE).is_err());
-    assert!(crate::sys::set_lease(fd, crate::sys::LeaseKind::Write).is_err());
     try_writing();
 
     let shared = map(fd, ProtFlags::READ, MapFlags::SHARED).unwrap();
@@ -110,6 +109,8 @@ fn attacked(backend: &LocalBackend, uid: Option<u32>) {
     in_child(|| {
         if let Some(uid) = uid {
             become_user(uid);
+            // (A lease of the daemon's own user makes the daemon's opens fail, not wait.)
+            assert!(crate::sys::set_lease(&fd, crate::sys::LeaseKind::Write).is_err());
         }
         attack(fd.as_fd());
     });
@@ -308,5 +309,26 @@ fn local_nobody_gets_into_an_undumpable_daemon() {
         });
         kill_process(daemon, Signal::KILL).unwrap();
         wait(daemon);
+    }
+}
+
+/// A guest of the daemon's own user may take a lease: the daemon must not wait for it.
+#[test]
+fn local_a_guests_lease_holds_nobody_up() {
+    for store in [FrameStore::PrivateMount, FrameStore::Memfd] {
+        let Some(backend) = backend(store) else {
+            continue;
+        };
+        let home = filled_home(&backend);
+        let fd = backend.home_descriptor(home).unwrap();
+        let before = std::time::Instant::now();
+        crate::sys::set_lease_signal(&fd, libc::SIGURG).unwrap();
+        crate::sys::set_lease(&fd, crate::sys::LeaseKind::Write).unwrap();
+        assert!(backend.home_in_use(home).unwrap());
+        assert!(backend.home_descriptor(home).is_err());
+        assert!(backend.discard(home, PageIndex(0), &[FrameNo(0)]).is_err());
+        assert!(before.elapsed() < std::time::Duration::from_secs(5));
+        drop(fd);
+        backend.discard(home, PageIndex(0), &[FrameNo(0)]).unwrap();
     }
 }

@@ -6,7 +6,7 @@
 //!   are read-only by their mount: reopening through /proc, `mprotect`, `fchmod`, `ftruncate` are
 //!   refused whoever asks.
 //! * **memfd**: descriptors are opened read-only through /proc/self/fd. What keeps others from
-//!   reopening them for writing is the file's mode (0555, the daemon's): nothing keeps the daemon's
+//!   reopening them for writing is the file's mode (0755, the daemon's): nothing keeps the daemon's
 //!   own user, or root.
 //!
 //! Neither is sealed: a seal against writing would forbid the daemon's own punch.
@@ -158,7 +158,7 @@ impl FrameFiles {
         let file = match self {
             Self::Mount { writable, .. } => {
                 let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::CLOEXEC;
-                rustix::fs::openat(writable, name.as_str(), flags, Mode::from_raw_mode(0o555))
+                rustix::fs::openat(writable, name.as_str(), flags, Mode::from_raw_mode(0o755))
                     .map_err(sys("open of a frame file"))?
             }
             Self::Memfd { executable, .. } => {
@@ -171,7 +171,7 @@ impl FrameFiles {
             }
         };
         // For programs to be run from it by anybody, whatever the umask.
-        rustix::fs::fchmod(&file, Mode::from_raw_mode(0o555))
+        rustix::fs::fchmod(&file, Mode::from_raw_mode(0o755))
             .map_err(sys("fchmod of a frame file"))?;
         Ok((file, name))
     }
@@ -182,7 +182,8 @@ impl FrameFiles {
         file: BorrowedFd<'_>,
         name: &str,
     ) -> Result<OwnedFd, GrantError> {
-        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        // NONBLOCK: not to wait for a lease of somebody else's; it means nothing afterwards.
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
         match self {
             Self::Mount { read_only, .. } => {
                 rustix::fs::openat(read_only, name, flags | OFlags::NOFOLLOW, Mode::empty())

@@ -1,16 +1,15 @@
 //! One home: one frame file.
 
 use super::frames::{FrameFiles, sys};
+use super::handle::Handle;
 use super::huge;
 use crate::error::GrantError;
 use crate::ids::{PAGE_SIZE, PAGE_SIZE_U64, pages_for};
 use crate::limits::HUGE_PAGES;
-use crate::sys::{LeaseKind, set_lease, set_lease_signal};
 use parking_lot::RwLock;
 use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::io::Errno;
 use std::collections::BTreeSet;
-use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
@@ -19,15 +18,13 @@ type HugeUnits = BTreeSet<u64>;
 
 /// See the module. Pages are plain numbers here, already checked to be within a `u64` of bytes.
 pub(super) struct Home {
-    files: Arc<FrameFiles>,
-    /// The only open file of the inode in this process: [`Home::in_use`] rests on that.
-    file: OwnedFd,
-    name: String,
+    file: Handle,
     bytes: u64,
     /// Writes many pages by one call.
     bulk: bool,
     /// Held for writing while pages are taken out, because splitting a huge unit moves pages that
-    /// nobody is taking out; held for reading by [`Home::load`], which must not look then.
+    /// nobody is taking out, and by whatever must be the only user of the file; held for reading by
+    /// whoever uses it and must not be in the way of either.
     huge: RwLock<HugeUnits>,
 }
 
@@ -41,65 +38,36 @@ impl Home {
         if i64::try_from(bytes).is_err() {
             return Err(GrantError::BadRange(format!("a file of {bytes} bytes")));
         }
-        let (file, name) = files.create(id, label)?;
-        let home = Self {
-            files: Arc::clone(files),
-            file,
-            name,
+        Ok(Self {
+            file: Handle::create(files, id, label, bytes)?,
             bytes,
             bulk: files.bulk(),
             huge: RwLock::new(HugeUnits::new()),
-        };
-        let made =
-            rustix::fs::ftruncate(&home.file, bytes).map_err(sys("ftruncate of a frame file"));
-        match made {
-            Ok(()) => Ok(home),
-            Err(e) => {
-                // The first error is the one to tell.
-                let _ = files.remove(&home.name);
-                Err(e)
-            }
-        }
+        })
     }
 
     /// Ends the home. Whoever still has it open or mapped finds an empty file: reading gives
     /// nothing, touching it SIGBUS, and never zeros.
     pub(super) fn close(&self) -> Result<(), GrantError> {
-        let _no_loads = self.huge.write();
-        rustix::fs::ftruncate(&self.file, 0).map_err(sys("ftruncate of a frame file"))?;
-        self.files.remove(&self.name)
+        let _alone = self.huge.write();
+        self.file.end()
     }
 
+    /// A descriptor for guests. When all pages are there the daemon lets go of the file, so that
+    /// programs can run from it.
     pub(super) fn descriptor(&self) -> Result<OwnedFd, GrantError> {
-        self.files.open_read_only(self.file.as_fd(), &self.name)
+        let _alone = self.huge.write();
+        if next_hole(&*self.file.reader()?, 0)? >= self.bytes {
+            self.file.rest();
+        }
+        self.file.read_only()
     }
 
     /// Does anybody but this process have the file open or mapped? The kernel grants a write lease
     /// only when not.
     pub(super) fn in_use(&self) -> Result<bool, GrantError> {
-        // One at a time: two threads would take each other's lease away.
         let _alone = self.huge.write();
-        // Somebody who kept a path descriptor may open the file while we hold the lease, and the
-        // kernel then tells us by a signal: one that a process need not expect, SIGIO would end it.
-        // Giving up a lease resets the choice, so it is made every time.
-        set_lease_signal(&self.file, libc::SIGURG).map_err(|source| GrantError::Sys {
-            call: "F_SETSIG",
-            source,
-        })?;
-        match set_lease(&self.file, LeaseKind::Write) {
-            Ok(()) => {
-                set_lease(&self.file, LeaseKind::None).map_err(|source| GrantError::Sys {
-                    call: "F_SETLEASE(F_UNLCK)",
-                    source,
-                })?;
-                Ok(false)
-            }
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(true),
-            Err(source) => Err(GrantError::Sys {
-                call: "F_SETLEASE(F_WRLCK)",
-                source,
-            }),
-        }
+        self.file.in_use()
     }
 
     /// Checks that `count` pages from `first` are in the file; gives their bytes as (offset, end),
@@ -118,20 +86,22 @@ impl Home {
     /// put there. On error none of them is there.
     pub(super) fn store(&self, first: u64, data: &[u8]) -> Result<bool, GrantError> {
         let (from, end) = self.range(first, data.len() / PAGE_SIZE)?;
+        let _not_resting = self.huge.read();
+        let file = self.file.writer()?;
         // A page that is there already would be seen half old, half new.
-        let foreign = self.has_data(from, end)?;
+        let foreign = next_data(&file, from)?.is_some_and(|data| data < end);
         if foreign {
-            self.punch(from, end)?;
+            punch(&file, from, end)?;
         }
-        let stored = self.write(from, end, data);
+        let stored = self.write(&file, from, end, data);
         if stored.is_err() {
-            self.punch(from, end)?;
+            punch(&file, from, end)?;
         }
         stored.map(|()| foreign)
     }
 
     /// Writes up to the file's last byte; the kernel zeroes the rest of that page.
-    fn write(&self, from: u64, end: u64, data: &[u8]) -> Result<(), GrantError> {
+    fn write(&self, file: &OwnedFd, from: u64, end: u64, data: &[u8]) -> Result<(), GrantError> {
         let mut at = from;
         let end = end.min(self.bytes);
         while at < end {
@@ -142,7 +112,7 @@ impl Home {
             };
             // Lengths of a slice, as are their differences.
             let piece = &data[(at - from) as usize..(step_end - from) as usize];
-            match rustix::io::retry_on_intr(|| rustix::io::pwrite(&self.file, piece, at)) {
+            match rustix::io::retry_on_intr(|| rustix::io::pwrite(file, piece, at)) {
                 Ok(0) => return Err(sys("pwrite of a frame")(Errno::IO)),
                 Ok(written) => at += written as u64,
                 Err(errno) => return Err(sys("pwrite of a frame")(errno)),
@@ -155,15 +125,15 @@ impl Home {
     pub(super) fn load(&self, page: u64, buf: &mut [u8]) -> Result<(), GrantError> {
         let (from, _) = self.range(page, 1)?;
         let _no_splitting = self.huge.read();
-        self.read(from, buf)
+        self.read(&*self.file.reader()?, from, buf)
     }
 
-    fn read(&self, from: u64, buf: &mut [u8]) -> Result<(), GrantError> {
+    fn read(&self, file: &OwnedFd, from: u64, buf: &mut [u8]) -> Result<(), GrantError> {
         let mut have = 0;
         while have < buf.len() {
             let at = from + have as u64;
             let rest = &mut buf[have..];
-            match rustix::io::retry_on_intr(|| rustix::io::pread(&self.file, &mut *rest, at)) {
+            match rustix::io::retry_on_intr(|| rustix::io::pread(file, &mut *rest, at)) {
                 Ok(0) => {
                     rest.fill(0);
                     break;
@@ -179,15 +149,16 @@ impl Home {
     pub(super) fn discard(&self, first: u64, count: usize) -> Result<(), GrantError> {
         let (from, end) = self.range(first, count)?;
         let mut huge = self.huge.write();
+        let file = self.file.writer()?;
         let units: Vec<u64> = huge
             .range(first.saturating_sub(HUGE_PAGES - 1)..first + count as u64)
             .copied()
             .collect();
         for unit in units {
             huge.remove(&unit);
-            self.split(unit, first, first + count as u64)?;
+            self.split(&file, unit, first, first + count as u64)?;
         }
-        self.punch(from, end)
+        punch(&file, from, end)
     }
 
     /// Takes pages `first..end` out of a unit that one huge page backs, by taking the whole unit
@@ -196,7 +167,7 @@ impl Home {
     /// Punching a part of a huge page would have the kernel zero that part in place before it
     /// splits the page, for everybody who maps it meanwhile to see, and leave it at that where the
     /// page cannot be split (somebody has it pinned).
-    fn split(&self, unit: u64, first: u64, end: u64) -> Result<(), GrantError> {
+    fn split(&self, file: &OwnedFd, unit: u64, first: u64, end: u64) -> Result<(), GrantError> {
         let unit_end = unit + HUGE_PAGES;
         let kept = [(unit, first.min(unit_end)), (end.max(unit), unit_end)];
         let mut saved = Vec::new();
@@ -204,13 +175,13 @@ impl Home {
             if from < to {
                 // At most 2 MiB.
                 let mut data = vec![0; ((to - from) * PAGE_SIZE_U64) as usize];
-                self.read(from * PAGE_SIZE_U64, &mut data)?;
+                self.read(file, from * PAGE_SIZE_U64, &mut data)?;
                 saved.push((from, to, data));
             }
         }
-        self.punch(unit * PAGE_SIZE_U64, unit_end * PAGE_SIZE_U64)?;
+        punch(file, unit * PAGE_SIZE_U64, unit_end * PAGE_SIZE_U64)?;
         for (from, to, data) in saved {
-            self.write(from * PAGE_SIZE_U64, to * PAGE_SIZE_U64, &data)
+            self.write(file, from * PAGE_SIZE_U64, to * PAGE_SIZE_U64, &data)
                 .map_err(|e| GrantError::PagesLost {
                     first: unit,
                     count: HUGE_PAGES,
@@ -220,47 +191,15 @@ impl Home {
         Ok(())
     }
 
-    fn punch(&self, from: u64, end: u64) -> Result<(), GrantError> {
-        if from == end {
-            return Ok(());
-        }
-        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        rustix::io::retry_on_intr(|| rustix::fs::fallocate(&self.file, flags, from, end - from))
-            .map_err(sys("fallocate(punch) of a frame file"))
-    }
-
-    /// Is there any page in these bytes?
-    fn has_data(&self, from: u64, end: u64) -> Result<bool, GrantError> {
-        Ok(self.next_data(from)?.is_some_and(|data| data < end))
-    }
-
-    fn next_data(&self, from: u64) -> Result<Option<u64>, GrantError> {
-        match rustix::fs::seek(&self.file, SeekFrom::Data(from)) {
-            Ok(data) => Ok(Some(data)),
-            Err(Errno::NXIO) => Ok(None),
-            Err(errno) => Err(sys("lseek(SEEK_DATA)")(errno)),
-        }
-    }
-
-    fn next_hole(&self, from: u64) -> Result<u64, GrantError> {
-        rustix::fs::seek(&self.file, SeekFrom::Hole(from)).map_err(sys("lseek(SEEK_HOLE)"))
-    }
-
     /// Runs of pages that are there, as (first, count).
     pub(super) fn present_pages(&self) -> Result<Vec<(u64, u64)>, GrantError> {
         let _no_splitting = self.huge.read();
+        let file = self.file.reader()?;
         let mut runs = Vec::new();
         let mut at = 0;
-        while let Some(data) = self.next_data(at)? {
-            let hole = match self.next_hole(data) {
-                // Taken out since.
-                Err(GrantError::Sys { source, .. })
-                    if source.raw_os_error() == Some(libc::ENXIO) =>
-                {
-                    break;
-                }
-                hole => hole?,
-            };
+        while let Some(data) = next_data(&file, at)? {
+            let hole = next_hole(&file, data)?;
+            // A page that came while we looked, and went.
             if hole <= data {
                 break;
             }
@@ -285,12 +224,40 @@ impl Home {
             return Ok(true);
         }
         // The kernel would fill holes with zeros. Nothing is taken out while we hold the lock.
+        let file = self.file.reader()?;
         let whole =
-            self.next_data(from)? == Some(from) && self.next_hole(from)? >= end.min(self.bytes);
-        if !whole || !huge::collapse(self.file.as_fd(), from)? {
+            next_data(&file, from)? == Some(from) && next_hole(&file, from)? >= end.min(self.bytes);
+        if !whole || !huge::collapse(file.as_fd(), from)? {
             return Ok(false);
         }
         huge.insert(unit);
         Ok(true)
+    }
+}
+
+fn punch(file: &OwnedFd, from: u64, end: u64) -> Result<(), GrantError> {
+    if from == end {
+        return Ok(());
+    }
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    rustix::io::retry_on_intr(|| rustix::fs::fallocate(file, flags, from, end - from))
+        .map_err(sys("fallocate(punch) of a frame file"))
+}
+
+/// The first byte from `from` on that is in a page; `None`: nothing comes behind it.
+fn next_data(file: &OwnedFd, from: u64) -> Result<Option<u64>, GrantError> {
+    match rustix::fs::seek(file, SeekFrom::Data(from)) {
+        Ok(data) => Ok(Some(data)),
+        Err(Errno::NXIO) => Ok(None),
+        Err(errno) => Err(sys("lseek(SEEK_DATA)")(errno)),
+    }
+}
+
+/// The first byte from `from` on that is in no page: the end of the file, if no other.
+fn next_hole(file: &OwnedFd, from: u64) -> Result<u64, GrantError> {
+    match rustix::fs::seek(file, SeekFrom::Hole(from)) {
+        // At the end already (an empty file).
+        Err(Errno::NXIO) => Ok(from),
+        hole => hole.map_err(sys("lseek(SEEK_HOLE)")),
     }
 }

@@ -20,6 +20,7 @@ mod backend;
 #[cfg(test)]
 mod containment;
 mod frames;
+mod handle;
 mod home;
 mod huge;
 
