@@ -11,7 +11,6 @@ use copage_grants::{
     PageIndex, TrustClass, Version, pages_for,
 };
 use parking_lot::{Condvar, Mutex};
-use rustix::fs::{Mode, OFlags};
 use std::collections::{HashMap, HashSet};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
@@ -110,7 +109,7 @@ pub(super) struct State {
     pub(super) seen: Vec<Seen>,
     /// Pages that cannot be read.
     pub(super) bad: HashSet<u64>,
-    /// Take each page back again this many faults after it was granted.
+    /// Take everything back at each fault before it is granted.
     pub(super) thrash: bool,
     /// Wait so long with each Granted.
     pub(super) slow: Duration,
@@ -120,8 +119,6 @@ pub(super) struct State {
     pub(super) deaf: bool,
     /// Answer no fault.
     pub(super) stuck: bool,
-    /// Give a `/dev/userfaultfd`.
-    pub(super) device: bool,
     channel: Option<Arc<Channel>>,
 }
 
@@ -319,11 +316,7 @@ impl State {
         let newest = &self.homes[&self.newest];
         let plain = |reply| Some((reply, None));
         match *request {
-            Request::Hello { flags, .. } => {
-                let device = (self.device && flags.wants_userfaultfd).then(|| {
-                    let flags = OFlags::RDWR | OFlags::CLOEXEC;
-                    rustix::fs::open("/dev/userfaultfd", flags, Mode::empty()).unwrap()
-                });
+            Request::Hello { .. } => {
                 let welcome = Reply::Welcome {
                     dom: DomId(3),
                     epoch: EPOCH,
@@ -334,11 +327,11 @@ impl State {
                     flags: WelcomeFlags {
                         forced_revoke: true,
                         read_only_enforced: false,
-                        userfaultfd: device.is_some(),
+                        userfaultfd: false,
                     },
                     name: b"guest",
                 };
-                Some((welcome, device))
+                plain(welcome)
             }
             Request::Exports => plain(Reply::Exports {
                 names: b"all\0more\0",

@@ -122,6 +122,25 @@ fn local_readers_race_with_punches_and_never_see_zeros() {
 }
 
 #[test]
+fn local_threads_that_take_each_others_pages_all_get_on() {
+    let fake = Fake::start(BYTES);
+    fake.state.lock().thrash = true;
+    let client = connect(&fake);
+    let mapping = map(&client, &MapOptions::shared());
+    std::thread::scope(|scope| {
+        for thread in 0..4 {
+            let mapping = &mapping;
+            scope.spawn(move || {
+                for i in 0..200 {
+                    let page = (thread * 700 + i * 3) % PAGES;
+                    assert_eq!(peek(mapping.as_volatile(), page), word(1, page as u64));
+                }
+            });
+        }
+    });
+}
+
+#[test]
 fn local_less_than_asked_for_is_asked_for_again() {
     let fake = Fake::start(BYTES);
     fake.state.lock().grant_max = 3;

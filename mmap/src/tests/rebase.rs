@@ -233,9 +233,7 @@ fn local_a_stale_that_is_not_newer_is_refused_and_not_asked_for_ever() {
     let (_read, write) = rustix::pipe::pipe().unwrap();
     let at = mapping.as_ptr().wrapping_add(40 * PAGE_SIZE);
     // SAFETY: within the mapping, which lives; the kernel copies from it.
-    assert_eq!(
-        unsafe { libc::write(std::os::fd::AsRawFd::as_raw_fd(&write), at.cast(), 8) },
-        -1
-    );
+    let got = unsafe { libc::write(std::os::fd::AsRawFd::as_raw_fd(&write), at.cast(), 8) };
+    assert_eq!(got, -1);
     assert_eq!(mapping.last_error().unwrap().error.errno(), libc::EPROTO);
 }
