@@ -10,6 +10,12 @@ pub(crate) const WINDOW_PAGES_MAX: u32 = FAULT_PAGES_MAX;
 pub(crate) const WINDOW_PAGES_FIRST: u32 = 16;
 /// Sequential streams remembered for one mapping. Copying programs have two, linkers a handful.
 pub(crate) const STREAMS_MAX: usize = 8;
+/// How far behind the one page of a stream that has just begun the next fault may be, in pages: the
+/// page behind it may be there already.
+pub(crate) const STREAM_START_REACH_PAGES: u64 = 1;
+/// How far behind the last window of a stream its next fault may be, in pages: others brought those
+/// between. Not more: see [`crate::window::Windows::choose`].
+pub(crate) const STREAM_REACH_PAGES: u64 = 32;
 /// Bytes of a huge frame: mappings are placed so that huge frames can be mapped whole.
 pub(crate) const HUGE_BYTES: usize = 2 << 20;
 /// Messages waiting for a daemon that does not read. A full queue means that the daemon is stuck:
