@@ -21,11 +21,15 @@ pub struct Usage(pub String);
 /// Writes text and a newline to standard output.
 pub fn line(text: &str) -> Result<()> {
     let mut out = io::stdout().lock();
-    let written = out.write_all(text.as_bytes()).and_then(|()| out.write_all(b"\n"));
-    written.and_then(|()| out.flush()).map_err(|error| match error.kind() {
-        io::ErrorKind::BrokenPipe => OutputClosed.into(),
-        _ => anyhow::Error::new(error).context("standard output"),
-    })
+    let written = out
+        .write_all(text.as_bytes())
+        .and_then(|()| out.write_all(b"\n"));
+    written
+        .and_then(|()| out.flush())
+        .map_err(|error| match error.kind() {
+            io::ErrorKind::BrokenPipe => OutputClosed.into(),
+            _ => anyhow::Error::new(error).context("standard output"),
+        })
 }
 
 /// Writes one JSON document to standard output, indented for a terminal.
@@ -47,13 +51,17 @@ pub struct Table {
 impl Table {
     /// An empty one.
     pub fn new(heads: &[&'static str]) -> Self {
-        Self { heads: heads.to_vec(), rows: Vec::new() }
+        Self {
+            heads: heads.to_vec(),
+            rows: Vec::new(),
+        }
     }
 
     /// Adds a row, with a cell for each heading.
     pub fn row(&mut self, cells: Vec<String>) {
         debug_assert_eq!(cells.len(), self.heads.len());
-        self.rows.push(cells.iter().map(|cell| printable(cell)).collect());
+        self.rows
+            .push(cells.iter().map(|cell| printable(cell)).collect());
     }
 
     /// The lines, without a newline at the end.
@@ -61,7 +69,11 @@ impl Table {
         let width = |column: usize| {
             let cells = self.rows.iter().filter_map(|row| row.get(column));
             let widest = cells.map(|cell| cell.chars().count()).max().unwrap_or(0);
-            widest.max(self.heads.get(column).map_or(0, |head| head.chars().count()))
+            widest.max(
+                self.heads
+                    .get(column)
+                    .map_or(0, |head| head.chars().count()),
+            )
         };
         let widths: Vec<usize> = (0..self.heads.len()).map(width).collect();
         let right: Vec<bool> = (0..self.heads.len())
@@ -86,7 +98,11 @@ impl Table {
             text
         };
         let mut lines = vec![put(&mut self.heads.iter().copied())];
-        lines.extend(self.rows.iter().map(|row| put(&mut row.iter().map(String::as_str))));
+        lines.extend(
+            self.rows
+                .iter()
+                .map(|row| put(&mut row.iter().map(String::as_str))),
+        );
         lines.join("\n")
     }
 
@@ -98,7 +114,11 @@ impl Table {
 
 /// Names are others' bytes: control characters would move the cursor of whoever reads them.
 pub fn printable(text: &str) -> String {
-    if text.chars().any(char::is_control) { text.escape_debug().to_string() } else { text.to_owned() }
+    if text.chars().any(char::is_control) {
+        text.escape_debug().to_string()
+    } else {
+        text.to_owned()
+    }
 }
 
 /// Bytes in the unit that suits them: `512 B`, `4.0 KiB`, `1.5 GiB`.
@@ -110,7 +130,11 @@ pub fn bytes(bytes: u64) -> String {
         value /= 1024.0;
         unit += 1;
     }
-    if unit == 0 { format!("{bytes} B") } else { format!("{value:.1} {}", UNITS[unit]) }
+    if unit == 0 {
+        format!("{bytes} B")
+    } else {
+        format!("{value:.1} {}", UNITS[unit])
+    }
 }
 
 /// Pages of 4 KiB as bytes.
@@ -141,7 +165,12 @@ pub struct Progress {
 impl Progress {
     /// Of something whose length is known (a bar) or not (a clock).
     pub fn new(what: &'static str, length: Option<u64>) -> Self {
-        Self { since: Instant::now(), what, length, bar: None }
+        Self {
+            since: Instant::now(),
+            what,
+            length,
+            bar: None,
+        }
     }
 
     /// It is so far; draws what there is to draw.
@@ -161,7 +190,10 @@ impl Progress {
                 indicatif::ProgressBar::new(length),
                 "{msg} {wide_bar} {percent}% {eta} left",
             ),
-            None => (indicatif::ProgressBar::new_spinner(), "{spinner} {msg} {elapsed}"),
+            None => (
+                indicatif::ProgressBar::new_spinner(),
+                "{spinner} {msg} {elapsed}",
+            ),
         };
         if let Ok(style) = indicatif::ProgressStyle::with_template(style) {
             bar.set_style(style);
@@ -206,13 +238,44 @@ mod tests {
 
     #[test]
     fn sizes_and_times() {
-        let sizes = [0, 512, 1023, 1024, 1536, 1048575, 1 << 20, 3 << 39, u64::MAX].map(bytes);
+        let sizes = [
+            0,
+            512,
+            1023,
+            1024,
+            1536,
+            1048575,
+            1 << 20,
+            3 << 39,
+            u64::MAX,
+        ]
+        .map(bytes);
         assert_eq!(
             sizes,
-            ["0 B", "512 B", "1023 B", "1.0 KiB", "1.5 KiB", "1.0 MiB", "1.0 MiB", "1.5 TiB", "16777216.0 TiB"]
+            [
+                "0 B",
+                "512 B",
+                "1023 B",
+                "1.0 KiB",
+                "1.5 KiB",
+                "1.0 MiB",
+                "1.0 MiB",
+                "1.5 TiB",
+                "16777216.0 TiB"
+            ]
         );
         assert_eq!(pages(3), "12.0 KiB");
         let times = [0, 999, 1500, 61_000, 3_600_000, 200_000_000].map(duration_ms);
-        assert_eq!(times, ["0 ms", "999 ms", "1.5 s", "1 min 1 s", "1 h 0 min", "2 d 7 h"]);
+        assert_eq!(
+            times,
+            [
+                "0 ms",
+                "999 ms",
+                "1.5 s",
+                "1 min 1 s",
+                "1 h 0 min",
+                "2 d 7 h"
+            ]
+        );
     }
 }

@@ -34,12 +34,20 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     } else {
         output::line(&text(&audit))?;
     }
-    Ok(if agrees(&audit) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if agrees(&audit) {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
 /// `ok` alone is one word of the daemon's; the differences are what it stands for.
 fn agrees(audit: &AuditEntry) -> bool {
-    audit.ok && audit.checks.iter().all(|check| check.differences.is_empty())
+    audit.ok
+        && audit
+            .checks
+            .iter()
+            .all(|check| check.differences.is_empty())
 }
 
 fn text(audit: &AuditEntry) -> String {
@@ -55,9 +63,18 @@ fn text(audit: &AuditEntry) -> String {
             _ => format!("{} compared, {count} differences", check.checked),
         };
         lines.push(format!("{result} {}: {said}", printable(&check.name)));
-        lines.extend(check.differences.iter().map(|line| format!("       {}", printable(line))));
+        lines.extend(
+            check
+                .differences
+                .iter()
+                .map(|line| format!("       {}", printable(line))),
+        );
     }
-    let verdict = if agrees(audit) { "everything agrees" } else { "NOT everything agrees" };
+    let verdict = if agrees(audit) {
+        "everything agrees"
+    } else {
+        "NOT everything agrees"
+    };
     lines.push(format!("{verdict} ({} ms)", audit.took_ms));
     lines.join("\n")
 }
@@ -83,10 +100,16 @@ mod tests {
     fn each_check_has_a_line() {
         let good = audit(&[]);
         assert!(agrees(&good));
-        assert_eq!(text(&good), "ok   ledger against tables: 7 compared\neverything agrees (3 ms)");
+        assert_eq!(
+            text(&good),
+            "ok   ledger against tables: 7 compared\neverything agrees (3 ms)"
+        );
         let bad = audit(&["frame 3: d1 has it, the table has not"]);
         assert!(!agrees(&bad));
-        assert!(text(&bad).contains("BAD  ledger against tables: 7 compared, 1 difference\n       frame 3"));
+        assert!(
+            text(&bad)
+                .contains("BAD  ledger against tables: 7 compared, 1 difference\n       frame 3")
+        );
         assert!(!agrees(&AuditEntry { ok: true, ..bad }));
     }
 }

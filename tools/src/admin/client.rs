@@ -99,8 +99,12 @@ impl Admin {
             };
             anyhow::anyhow!("{}: {error}; {hint}", socket.display())
         })?;
-        stream.set_read_timeout(Some(WAIT)).context("the admin socket")?;
-        Ok(Self { stream: BufReader::new(stream) })
+        stream
+            .set_read_timeout(Some(WAIT))
+            .context("the admin socket")?;
+        Ok(Self {
+            stream: BufReader::new(stream),
+        })
     }
 
     /// Asks, and waits for the answer as long as it takes.
@@ -113,10 +117,20 @@ impl Admin {
         loop {
             // What arrived before a timeout stays in `answer`.
             let left = REPLY_BYTES_MAX - answer.len() as u64;
-            match self.stream.by_ref().take(left).read_until(b'\n', &mut answer) {
+            match self
+                .stream
+                .by_ref()
+                .take(left)
+                .read_until(b'\n', &mut answer)
+            {
                 Ok(_) if answer.ends_with(b"\n") => break,
                 Ok(_) => return Err(AdminError::Closed),
-                Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
+                Err(e)
+                    if matches!(
+                        e.kind(),
+                        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
+                    ) =>
+                {
                     progress.at(0);
                 }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}

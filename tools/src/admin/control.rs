@@ -33,7 +33,9 @@ pub struct ReclaimArgs {
 /// Runs `copage reclaim`.
 pub fn reclaim(args: &ReclaimArgs) -> Result<ExitCode> {
     let request = match args.mib {
-        Some(mib) => AdminRequest::Reclaim { pages: crate::config::mib_to_pages(mib) },
+        Some(mib) => AdminRequest::Reclaim {
+            pages: crate::config::mib_to_pages(mib),
+        },
         None => AdminRequest::Drop,
     };
     let AdminReply::Reclaimed { pages } = args.at.ask(&request)? else {
@@ -42,7 +44,10 @@ pub fn reclaim(args: &ReclaimArgs) -> Result<ExitCode> {
     if args.json {
         output::json(&json!({ "reclaimed_pages": pages }))?;
     } else {
-        output::line(&format!("{} taken back ({pages} pages)", output::pages(pages)))?;
+        output::line(&format!(
+            "{} taken back ({pages} pages)",
+            output::pages(pages)
+        ))?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -69,7 +74,12 @@ pub struct BudgetArgs {
 
 /// Runs `copage budget`.
 pub fn budget(args: &BudgetArgs) -> Result<ExitCode> {
-    order(&args.at, &AdminRequest::SetBudget { frames_mib: args.mib })?;
+    order(
+        &args.at,
+        &AdminRequest::SetBudget {
+            frames_mib: args.mib,
+        },
+    )?;
     if args.json {
         output::json(&json!({ "frames_mib": args.mib }))?;
     } else {
@@ -99,15 +109,19 @@ pub struct FenceArgs {
 
 /// Runs `copage fence`.
 pub fn fence(args: &FenceArgs) -> Result<ExitCode> {
-    let AdminReply::Fenced { sessions } =
-        args.at.ask(&AdminRequest::Fence { guest: args.guest.clone() })?
+    let AdminReply::Fenced { sessions } = args.at.ask(&AdminRequest::Fence {
+        guest: args.guest.clone(),
+    })?
     else {
         bail!(AdminError::Other);
     };
     if args.json {
         output::json(&json!({ "guest": args.guest, "fenced_sessions": sessions }))?;
     } else {
-        output::line(&format!("{} fenced ({sessions} sessions)", output::printable(&args.guest)))?;
+        output::line(&format!(
+            "{} fenced ({sessions} sessions)",
+            output::printable(&args.guest)
+        ))?;
     }
     Ok(ExitCode::SUCCESS)
 }

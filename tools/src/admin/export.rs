@@ -28,10 +28,13 @@ pub struct Args {
 #[derive(Clone, Debug, clap::Subcommand)]
 enum Command {
     /// Shows the exports.
-    #[command(visible_alias = "ls", after_help = "\
+    #[command(
+        visible_alias = "ls",
+        after_help = "\
 Examples:
   copage export list
-  copage export list --json | jq -r '.exports[] | select(.allow == [\"*\"]) | .name'")]
+  copage export list --json | jq -r '.exports[] | select(.allow == [\"*\"]) | .name'"
+    )]
     List(List),
     /// Exports a directory.
     #[command(after_help = "\
@@ -41,10 +44,13 @@ Examples:
   copage export add --group libs libs-a /opt/a/lib     one share group for two exports of one file")]
     Add(Add),
     /// Ends an export: its guests' files become unusable and its pages are taken back.
-    #[command(visible_alias = "rm", after_help = "\
+    #[command(
+        visible_alias = "rm",
+        after_help = "\
 Examples:
   copage export remove usr
-  copage export list && copage export remove images")]
+  copage export list && copage export remove images"
+    )]
     Remove(Remove),
 }
 
@@ -97,7 +103,11 @@ fn name(text: &str) -> Result<String, String> {
 }
 
 fn guest(text: &str) -> Result<String, String> {
-    if text == "*" { Ok(text.to_owned()) } else { name(text) }
+    if text == "*" {
+        Ok(text.to_owned())
+    } else {
+        name(text)
+    }
 }
 
 /// Runs it.
@@ -123,7 +133,11 @@ fn list(args: &List) -> Result<()> {
     let mut table = Table::new(&["NAME", "MODE", "ALLOW", "GROUP", "PATH"]);
     for export in exports {
         let group = export.group.unwrap_or_else(|| export.name.clone());
-        let allow = if export.allow.is_empty() { "(nobody)".into() } else { export.allow.join(",") };
+        let allow = if export.allow.is_empty() {
+            "(nobody)".into()
+        } else {
+            export.allow.join(",")
+        };
         let path = export.path.display().to_string();
         table.row(vec![export.name, export.mode, allow, group, path]);
     }
@@ -139,18 +153,30 @@ fn add(args: &Add) -> Result<()> {
         export.allow.clone_from(&args.allow);
     }
     if export.path.to_str().is_none() {
-        bail!(Usage(format!("{}: paths on the admin socket are UTF-8", export.path.display())));
+        bail!(Usage(format!(
+            "{}: paths on the admin socket are UTF-8",
+            export.path.display()
+        )));
     }
     let entry = ExportEntry::from(&export);
     order(&args.at, &AdminRequest::ExportAdd(entry.clone()))?;
     if args.json {
         return output::json(&json!({ "added": entry }));
     }
-    output::line(&format!("exported {} as {}", entry.path.display(), entry.name))
+    output::line(&format!(
+        "exported {} as {}",
+        entry.path.display(),
+        entry.name
+    ))
 }
 
 fn remove(args: &Remove) -> Result<()> {
-    order(&args.at, &AdminRequest::ExportRemove { name: args.name.clone() })?;
+    order(
+        &args.at,
+        &AdminRequest::ExportRemove {
+            name: args.name.clone(),
+        },
+    )?;
     if args.json {
         return output::json(&json!({ "removed": { "name": args.name } }));
     }

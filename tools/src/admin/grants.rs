@@ -35,7 +35,10 @@ pub struct Args {
 /// Runs it.
 pub fn run(args: &Args) -> Result<ExitCode> {
     let entries_max = Some(args.list.unwrap_or(0));
-    let request = AdminRequest::Grants { guest: args.guest.clone(), entries_max };
+    let request = AdminRequest::Grants {
+        guest: args.guest.clone(),
+        entries_max,
+    };
     let AdminReply::Grants(grants) = args.at.ask(&request)? else {
         bail!(AdminError::Other);
     };
@@ -62,7 +65,10 @@ fn show(grants: &GrantsEntry, list: bool) -> Result<()> {
         ]);
     }
     table.print()?;
-    output::line(&format!("{} grants in all, {} mapped", grants.total, grants.mapped))?;
+    output::line(&format!(
+        "{} grants in all, {} mapped",
+        grants.total, grants.mapped
+    ))?;
     if !list {
         return Ok(());
     }

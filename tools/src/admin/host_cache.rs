@@ -85,7 +85,12 @@ mod tests {
         let Some(seen) = look(&[dir.path().to_owned(), dir.path().join("none")]) else {
             return; // this kernel cannot tell
         };
-        let wanted = HostCache { files: 2, unreadable: 1, file_bytes: 10_000, cached_bytes: 12_288 };
+        let wanted = HostCache {
+            files: 2,
+            unreadable: 1,
+            file_bytes: 10_000,
+            cached_bytes: 12_288,
+        };
         assert_eq!(seen, wanted);
     }
 }

@@ -35,7 +35,12 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<ExitCode> {
     let mut admin = args.at.connect()?;
     let (asked, real) = paths(&args.file)?;
-    let reply = match (admin.ask(&AdminRequest::Pages { path: asked.clone() }), real) {
+    let reply = match (
+        admin.ask(&AdminRequest::Pages {
+            path: asked.clone(),
+        }),
+        real,
+    ) {
         // An export may have been named by another way to the same directory.
         (Err(AdminError::Refused { .. }), Some(real)) if real != asked => {
             admin.ask(&AdminRequest::Pages { path: real })
@@ -56,7 +61,10 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 /// What to ask for, and for a path of the host the same with symbolic links resolved.
 fn paths(file: &Path) -> Result<(PathBuf, Option<PathBuf>)> {
     let Some(text) = file.to_str() else {
-        bail!(Usage(format!("{}: paths on the admin socket are UTF-8", file.display())));
+        bail!(Usage(format!(
+            "{}: paths on the admin socket are UTF-8",
+            file.display()
+        )));
     };
     if let Some((export, path)) = text.split_once(':')
         && check_name(export).is_ok()
@@ -75,7 +83,9 @@ fn in_export(export: &str, path: &str) -> Result<PathBuf> {
             Component::Normal(name) => whole.push(name),
             Component::CurDir | Component::RootDir => {}
             Component::ParentDir | Component::Prefix(_) => {
-                bail!(Usage(format!("{export}:{path}: write the path without '..'")));
+                bail!(Usage(format!(
+                    "{export}:{path}: write the path without '..'"
+                )));
             }
         }
     }
@@ -111,7 +121,9 @@ fn show(entry: &FilePagesEntry) -> Result<()> {
     }
     if entry.quarantined_pages > 0 {
         let count = entry.quarantined_pages;
-        output::line(&format!("  {count} pages of earlier versions in quarantine"))?;
+        output::line(&format!(
+            "  {count} pages of earlier versions in quarantine"
+        ))?;
     }
     if entry.runs.is_empty() {
         return Ok(());
@@ -119,8 +131,16 @@ fn show(entry: &FilePagesEntry) -> Result<()> {
     let mut table = Table::new(&["PAGES", "COUNT", "BYTES", "VERSION", "FRAMES", "HOLDERS"]);
     for run in &entry.runs {
         let last = run.first.saturating_add(run.count.saturating_sub(1));
-        let range = if run.count == 1 { run.first.to_string() } else { format!("{}-{last}", run.first) };
-        let holders = if run.holders.is_empty() { "-".to_owned() } else { run.holders.join(" ") };
+        let range = if run.count == 1 {
+            run.first.to_string()
+        } else {
+            format!("{}-{last}", run.first)
+        };
+        let holders = if run.holders.is_empty() {
+            "-".to_owned()
+        } else {
+            run.holders.join(" ")
+        };
         table.row(vec![
             range,
             run.count.to_string(),
@@ -151,6 +171,9 @@ mod tests {
         let here = std::env::current_dir().unwrap();
         assert_eq!(asked("./usr:x"), Some(here.join("usr:x")));
         assert_eq!(asked("file"), Some(here.join("file")));
-        assert_eq!(paths(Path::new("/proc/self")).unwrap().1, std::fs::canonicalize("/proc/self").ok());
+        assert_eq!(
+            paths(Path::new("/proc/self")).unwrap().1,
+            std::fs::canonicalize("/proc/self").ok()
+        );
     }
 }

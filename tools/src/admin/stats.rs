@@ -65,7 +65,12 @@ impl Memory {
     fn parse(status: &str) -> Self {
         let field = |name: &str| {
             let line = status.lines().find_map(|line| line.strip_prefix(name))?;
-            let kib: u64 = line.trim_start_matches(':').trim().strip_suffix(" kB")?.parse().ok()?;
+            let kib: u64 = line
+                .trim_start_matches(':')
+                .trim()
+                .strip_suffix(" kB")?
+                .parse()
+                .ok()?;
             Some(kib * 1024)
         };
         Self {
@@ -97,9 +102,17 @@ fn ask(admin: &mut Admin) -> Result<StatsEntry> {
 fn once(admin: &mut Admin, args: &Args) -> Result<()> {
     let stats = ask(admin)?;
     let memory = Memory::of(stats.pid);
-    let host_cache = if args.host_cache { host_cache_of(admin)? } else { None };
+    let host_cache = if args.host_cache {
+        host_cache_of(admin)?
+    } else {
+        None
+    };
     if args.json {
-        return output::json(&Shown { stats: &stats, memory, host_cache });
+        return output::json(&Shown {
+            stats: &stats,
+            memory,
+            host_cache,
+        });
     }
     output::line(&text(&stats, memory))?;
     match host_cache {
@@ -113,7 +126,9 @@ fn once(admin: &mut Admin, args: &Args) -> Result<()> {
                 n => format!(" ({n} could not be looked at)"),
             }
         )),
-        None if args.host_cache => output::line("host cache  this kernel cannot tell (Linux 6.5 can)"),
+        None if args.host_cache => {
+            output::line("host cache  this kernel cannot tell (Linux 6.5 can)")
+        }
         None => Ok(()),
     }
 }
@@ -133,7 +148,11 @@ fn counter(stats: &StatsEntry, name: &str) -> u64 {
 }
 
 fn percent(part: u64, whole: u64) -> String {
-    if whole == 0 { "-".to_owned() } else { format!("{:.1} %", part as f64 * 100.0 / whole as f64) }
+    if whole == 0 {
+        "-".to_owned()
+    } else {
+        format!("{:.1} %", part as f64 * 100.0 / whole as f64)
+    }
 }
 
 fn text(stats: &StatsEntry, memory: Memory) -> String {
@@ -147,7 +166,11 @@ fn text(stats: &StatsEntry, memory: Memory) -> String {
             stats.pid,
             duration_ms(stats.uptime_ms),
             stats.epoch,
-            if stats.force { "takes pages back by force" } else { "without force, as Xen is" }
+            if stats.force {
+                "takes pages back by force"
+            } else {
+                "without force, as Xen is"
+            }
         ),
         format!(
             "frames      {} of {} used ({}), {} free",
@@ -205,8 +228,12 @@ fn text(stats: &StatsEntry, memory: Memory) -> String {
             of("leases_broken")
         ),
     ];
-    let fenced: u64 =
-        stats.counters.iter().filter(|(k, _)| k.starts_with("fenced_")).map(|(_, v)| v).sum();
+    let fenced: u64 = stats
+        .counters
+        .iter()
+        .filter(|(k, _)| k.starts_with("fenced_"))
+        .map(|(_, v)| v)
+        .sum();
     lines.push(format!(
         "sessions    {} begun, {} refused, {} ended, {} fenced, {} bad messages",
         of("sessions"),
@@ -228,7 +255,11 @@ fn watch(admin: &mut Admin, every: Duration, json: bool) -> Result<()> {
         let now = ask(admin)?;
         if json {
             // One document a line, whatever reads it.
-            let shown = Shown { stats: &now, memory: Memory::of(now.pid), host_cache: None };
+            let shown = Shown {
+                stats: &now,
+                memory: Memory::of(now.pid),
+                host_cache: None,
+            };
             output::line(&serde_json::to_string(&shown)?)?;
         } else {
             let text = watched(&before, &now);
@@ -260,9 +291,17 @@ fn watched(before: &StatsEntry, now: &StatsEntry) -> String {
         ("RECALLS", since("recalls").to_string()),
     ];
     let put = |f: &dyn Fn(&(&'static str, String)) -> String| {
-        cells.iter().map(|cell| format!("{:>10}", f(cell))).collect::<Vec<_>>().join(" ")
+        cells
+            .iter()
+            .map(|cell| format!("{:>10}", f(cell)))
+            .collect::<Vec<_>>()
+            .join(" ")
     };
-    format!("{}\n{}", put(&|cell| cell.0.to_owned()), put(&|cell| cell.1.clone()))
+    format!(
+        "{}\n{}",
+        put(&|cell| cell.0.to_owned()),
+        put(&|cell| cell.1.clone())
+    )
 }
 
 #[cfg(test)]
@@ -270,7 +309,10 @@ mod tests {
     use super::*;
 
     fn stats(hits: u64) -> StatsEntry {
-        let counters = [("fault_hits".to_owned(), hits), ("fault_misses".to_owned(), 10)];
+        let counters = [
+            ("fault_hits".to_owned(), hits),
+            ("fault_misses".to_owned(), 10),
+        ];
         StatsEntry {
             backend: "local".into(),
             force: true,
@@ -283,7 +325,8 @@ mod tests {
 
     #[test]
     fn memory_is_read_from_status() {
-        let status = "Name:\tcopage\nVmPTE:\t      12 kB\nRssAnon:\t    1000 kB\nRssFile:\t  20 kB\n";
+        let status =
+            "Name:\tcopage\nVmPTE:\t      12 kB\nRssAnon:\t    1000 kB\nRssFile:\t  20 kB\n";
         let memory = Memory::parse(status);
         assert_eq!(memory.rss_anon_bytes, Some(1_024_000));
         assert_eq!(memory.page_tables_bytes, Some(12_288));
@@ -294,9 +337,17 @@ mod tests {
     #[test]
     fn what_changed_is_shown() {
         let text = watched(&stats(5), &stats(12));
-        let lines: Vec<Vec<&str>> = text.lines().map(|l| l.split_whitespace().collect()).collect();
+        let lines: Vec<Vec<&str>> = text
+            .lines()
+            .map(|l| l.split_whitespace().collect())
+            .collect();
         assert_eq!(lines[0][..4], ["USED", "QUARANTINE", "GUESTS", "GRANTS"]);
-        assert!(text.lines().nth(1).unwrap().starts_with("   2.0 MiB        0 B          0"));
+        assert!(
+            text.lines()
+                .nth(1)
+                .unwrap()
+                .starts_with("   2.0 MiB        0 B          0")
+        );
         assert!(lines[1].contains(&"7"));
         // A daemon that began anew in between: nothing below zero.
         assert!(watched(&stats(12), &stats(5)).lines().count() == 2);
@@ -313,7 +364,11 @@ mod tests {
     #[test]
     fn json_is_flat_with_units_last() {
         let stats = stats(1);
-        let shown = Shown { stats: &stats, memory: Memory::default(), host_cache: None };
+        let shown = Shown {
+            stats: &stats,
+            memory: Memory::default(),
+            host_cache: None,
+        };
         let value = serde_json::to_value(&shown).unwrap();
         assert_eq!(value["frames_used"], 512);
         assert!(value.get("rss_anon_bytes").is_some() && value.get("host_cache").is_none());

@@ -41,7 +41,11 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             Ok(loaded) => (true, &loaded.warnings),
             Err(errors) => (false, &errors.problems),
         };
-        output::json(&Report { file: &args.file, ok, problems })?;
+        output::json(&Report {
+            file: &args.file,
+            ok,
+            problems,
+        })?;
         return Ok(match ok {
             true => ExitCode::SUCCESS,
             false => ExitCode::from(super::errors::WRONG_USAGE),

@@ -39,13 +39,22 @@ pub(super) fn of_command(error: &anyhow::Error) -> ExitCode {
         return ExitCode::from(WRONG_USAGE);
     }
     eprintln!("copage: {}", format!("{error:#}").replace('\n', " "));
-    if error.is::<Usage>() { ExitCode::from(WRONG_USAGE) } else { ExitCode::FAILURE }
+    if error.is::<Usage>() {
+        ExitCode::from(WRONG_USAGE)
+    } else {
+        ExitCode::FAILURE
+    }
 }
 
 /// What clap says over several lines, in one: what is wrong, what it may have meant, where to look.
 fn one_line(rendered: &str) -> String {
     let mut blocks = rendered.split("\n\n").map(|block| {
-        block.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ")
+        block
+            .lines()
+            .map(str::trim)
+            .filter(|line| !line.is_empty())
+            .collect::<Vec<_>>()
+            .join(" ")
     });
     let first = blocks.next().unwrap_or_default();
     let mut text = first.strip_prefix("error: ").unwrap_or(&first).to_owned();
@@ -53,7 +62,9 @@ fn one_line(rendered: &str) -> String {
     for block in blocks {
         if let Some(usage) = block.strip_prefix("Usage: ") {
             let words = usage.split_whitespace();
-            let names: Vec<_> = words.take_while(|w| !w.starts_with(['<', '[', '-'])).collect();
+            let names: Vec<_> = words
+                .take_while(|w| !w.starts_with(['<', '[', '-']))
+                .collect();
             command = names.join(" ");
         } else if let Some(tip) = block.strip_prefix("tip: ") {
             text = format!("{text}; {tip}");
@@ -75,9 +86,15 @@ mod tests {
             one_line(&Cli::try_parse_from(words).unwrap_err().render().to_string())
         };
         for (line, pieces) in [
-            ("serve --no-froce", &["--no-froce", "--no-force", "; see copage serve --help"][..]),
+            (
+                "serve --no-froce",
+                &["--no-froce", "--no-force", "; see copage serve --help"][..],
+            ),
             ("frobnicate", &["frobnicate", "; see copage --help"]),
-            ("export add", &["<NAME>", "<DIR>", "; see copage export add --help"]),
+            (
+                "export add",
+                &["<NAME>", "<DIR>", "; see copage export add --help"],
+            ),
             ("budget 3", &["3 is not in 4..=", "see copage"]),
             ("export add a/b /x", &["'a/b'", "has '/' in it"]),
         ] {

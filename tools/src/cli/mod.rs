@@ -15,7 +15,7 @@ use std::process::ExitCode;
 /// this machine) mount an export, run programs off it, or map its files by the library, and all see the
 /// same read-only frames of memory.
 #[derive(Debug, Parser)]
-#[command(name = "copage", version, propagate_version = true, max_term_width = 100)]
+#[command(name = "copage", version, max_term_width = 100)]
 #[command(after_help = "\
 Examples:
   copage demo                          see it work: no configuration, ends by itself
@@ -95,7 +95,9 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return errors::of_command_line(&error),
     };
-    cli.command.run().unwrap_or_else(|error| errors::of_command(&error))
+    cli.command
+        .run()
+        .unwrap_or_else(|error| errors::of_command(&error))
 }
 
 #[cfg(test)]
@@ -114,7 +116,10 @@ mod tests {
     fn every_command_has_examples() {
         fn check(command: &clap::Command) {
             for sub in command.get_subcommands().filter(|c| !c.is_hide_set()) {
-                let help = sub.get_after_help().map(ToString::to_string).unwrap_or_default();
+                let help = sub
+                    .get_after_help()
+                    .map(ToString::to_string)
+                    .unwrap_or_default();
                 let examples = help.lines().filter(|l| l.starts_with("  ")).count();
                 assert!(help.starts_with("Examples:"), "{}: {help}", sub.get_name());
                 assert!(examples >= 2, "{}: {help}", sub.get_name());
@@ -129,8 +134,14 @@ mod tests {
     #[test]
     fn examples_parse() {
         fn check(command: &clap::Command, seen: &mut usize) {
-            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
-            for line in help.lines().filter_map(|line| line.strip_prefix("  copage ")) {
+            let help = command
+                .get_after_help()
+                .map(ToString::to_string)
+                .unwrap_or_default();
+            for line in help
+                .lines()
+                .filter_map(|line| line.strip_prefix("  copage "))
+            {
                 // A comment is set off by blanks; quotes and pipes are the shell's.
                 let line = line.split("  ").next().unwrap_or(line);
                 let line = line.split(['|', '>', '&']).next().unwrap_or(line);
@@ -150,6 +161,34 @@ mod tests {
         let mut seen = 0;
         check(&Cli::command(), &mut seen);
         assert!(seen > 40, "{seen}");
+    }
+
+    /// What follows the program is the program's, also where copage has an option of that name.
+    #[test]
+    fn a_programs_arguments_are_its_own() {
+        for rest in [
+            "--help",
+            "--version",
+            "--run-dir x",
+            "-h",
+            "-- x",
+            "--show-text",
+        ] {
+            let words = "copage exec --show-text usr bin/ls"
+                .split(' ')
+                .chain(rest.split(' '));
+            let cli = Cli::try_parse_from(words).unwrap();
+            let shown = format!("{cli:?}");
+            let last = rest.split(' ').next_back().unwrap();
+            assert!(
+                shown.contains(&format!(
+                    "\"bin/ls\", \"{}",
+                    rest.split(' ').next().unwrap()
+                )),
+                "{shown}"
+            );
+            assert!(shown.contains(&format!("\"{last}\"]")), "{shown}");
+        }
     }
 
     #[test]

@@ -90,7 +90,11 @@ fn export(text: OsString) -> Result<ExportConfig, String> {
 /// Runs it, until the daemon stops.
 pub fn run(args: &Args) -> Result<ExitCode> {
     start_log(args.log)?;
-    let Loaded { config, file, warnings } = load(args)?;
+    let Loaded {
+        config,
+        file,
+        warnings,
+    } = load(args)?;
     for warning in &warnings {
         let file = file.as_deref().unwrap_or(Path::new("")).display();
         tracing::warn!(%file, line = warning.line, "{}: {}", warning.key, warning.text);
@@ -102,7 +106,12 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         "copage {} starts",
         env!("CARGO_PKG_VERSION")
     );
-    Daemon::run(&config, RunOptions { ready_fd: args.ready_fd })?;
+    Daemon::run(
+        &config,
+        RunOptions {
+            ready_fd: args.ready_fd,
+        },
+    )?;
     tracing::info!("stopped");
     Ok(ExitCode::SUCCESS)
 }
@@ -116,7 +125,11 @@ fn load(args: &Args) -> Result<Loaded> {
     };
     let mut loaded = match file {
         Some(file) => Config::load(file)?,
-        None => Loaded { config: Config::default(), file: None, warnings: Vec::new() },
+        None => Loaded {
+            config: Config::default(),
+            file: None,
+            warnings: Vec::new(),
+        },
     };
     let config = &mut loaded.config;
     let from_env = std::env::var_os("COPAGE_RUN_DIR").filter(|dir| !dir.is_empty());

@@ -1,9 +1,9 @@
 //! What a configuration must be beyond its single values: names, duplicates, references,
 //! directories.
 
+use super::Config;
 use super::limits::NAME_BYTES_MAX;
 use super::problem::{Problem, Severity};
-use super::Config;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt;
@@ -32,7 +32,10 @@ impl Lines {
     }
 
     fn of(&self, item: Item, key: &'static str) -> Option<usize> {
-        self.0.get(&(item, key)).or_else(|| self.0.get(&(item, ""))).copied()
+        self.0
+            .get(&(item, key))
+            .or_else(|| self.0.get(&(item, "")))
+            .copied()
     }
 }
 
@@ -49,7 +52,12 @@ impl Found<'_> {
             Item::Export(_) => "export",
         };
         let line = self.lines.of(item, key);
-        self.problems.push(Problem { severity, line, key: format!("{table}.{key}"), text });
+        self.problems.push(Problem {
+            severity,
+            line,
+            key: format!("{table}.{key}"),
+            text,
+        });
     }
 
     fn error(&mut self, item: Item, key: &'static str, text: String) {
@@ -58,7 +66,9 @@ impl Found<'_> {
 
     /// ` in line N`, where it is known.
     fn at(&self, item: Item, key: &'static str) -> String {
-        self.lines.of(item, key).map_or(String::new(), |line| format!(" in line {line}"))
+        self.lines
+            .of(item, key)
+            .map_or(String::new(), |line| format!(" in line {line}"))
     }
 
     fn name(&mut self, item: Item, key: &'static str, name: &str) {
@@ -81,7 +91,9 @@ pub fn check_name(name: &str) -> Result<(), String> {
     }
     if name.len() > NAME_BYTES_MAX {
         let len = name.len();
-        return Err(format!("\"{shown}\" has {len} bytes; at most {NAME_BYTES_MAX} are allowed"));
+        return Err(format!(
+            "\"{shown}\" has {len} bytes; at most {NAME_BYTES_MAX} are allowed"
+        ));
     }
     let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     if let Some(bad) = name.chars().find(|&c| !good(c)) {
@@ -97,7 +109,10 @@ pub fn check_name(name: &str) -> Result<(), String> {
 
 /// Names, duplicates and references; nothing outside the text is looked at.
 pub(super) fn names(config: &Config, lines: &Lines) -> Vec<Problem> {
-    let mut found = Found { lines, problems: Vec::new() };
+    let mut found = Found {
+        lines,
+        problems: Vec::new(),
+    };
     let mut names: BTreeMap<&str, Item> = BTreeMap::new();
     let mut uids: BTreeMap<u32, (Item, &str)> = BTreeMap::new();
     for (index, guest) in config.guests.iter().enumerate() {
@@ -108,7 +123,11 @@ pub(super) fn names(config: &Config, lines: &Lines) -> Vec<Problem> {
         }
         if let Some(&first) = names.get(guest.name.as_str()) {
             let at = found.at(first, "name");
-            found.error(item, "name", format!("guest \"{}\" is there twice, first{at}", guest.name));
+            found.error(
+                item,
+                "name",
+                format!("guest \"{}\" is there twice, first{at}", guest.name),
+            );
             continue;
         }
         names.insert(&guest.name, item);
@@ -162,12 +181,18 @@ fn allowed(found: &mut Found<'_>, item: Item, allow: &[String], guests: &BTreeMa
 
 /// `uid-N` is who uid N is while no guest is configured.
 fn is_uid_name(name: &str, guests: &BTreeMap<&str, Item>) -> bool {
-    guests.is_empty() && name.strip_prefix("uid-").is_some_and(|uid| uid.parse::<u32>().is_ok())
+    guests.is_empty()
+        && name
+            .strip_prefix("uid-")
+            .is_some_and(|uid| uid.parse::<u32>().is_ok())
 }
 
 /// The directories of the exports: there, directories, readable, none twice, none in another.
 pub(super) fn directories(config: &Config, lines: &Lines) -> Vec<Problem> {
-    let mut found = Found { lines, problems: Vec::new() };
+    let mut found = Found {
+        lines,
+        problems: Vec::new(),
+    };
     let mut seen: Vec<Directory<'_>> = Vec::new();
     for (index, export) in config.exports.iter().enumerate() {
         if export.path == Path::new(NO_PATH) {
@@ -181,7 +206,12 @@ pub(super) fn directories(config: &Config, lines: &Lines) -> Vec<Problem> {
                 continue;
             }
         };
-        let this = Directory { item, name: &export.name, real, id: (meta.dev(), meta.ino()) };
+        let this = Directory {
+            item,
+            name: &export.name,
+            real,
+            id: (meta.dev(), meta.ino()),
+        };
         for other in &seen {
             let relation = if this.id == other.id || this.real == other.real {
                 "is the same directory as"

@@ -20,8 +20,8 @@ pub const READAHEAD_KIB: RangeInclusive<u64> = 4..=2048;
 /// The longest file that is pinned, in MiB. 0: none is.
 pub const PIN_FILE_MIB: RangeInclusive<u64> = 0..=2 << 20;
 /// Grants of one session: at least one fault's worth, at most what the tables can hold.
-pub const GRANTS_MAX: RangeInclusive<u64> = copage_cache::limits::FAULT_PAGES_MAX as u64
-    ..=copage_grants::limits::ENTRIES_MAX as u64;
+pub const GRANTS_MAX: RangeInclusive<u64> =
+    copage_cache::limits::FAULT_PAGES_MAX as u64..=copage_grants::limits::ENTRIES_MAX as u64;
 /// Handles of one session: enough to walk a path of the longest allowed depth, at most a million
 /// (each costs the daemon a descriptor and about 200 bytes while it is the only one for its file).
 pub const HANDLES_MAX: RangeInclusive<u64> = 64..=1 << 20;

@@ -146,9 +146,16 @@ impl Config {
         let (config, lines, mut problems) = match read_file(file) {
             Ok(text) => parse::parse(&text),
             Err(text) => {
-                let problem =
-                    Problem { severity: Severity::Error, line: None, key: String::new(), text };
-                return Err(ConfigErrors { file: Some(file.to_owned()), problems: vec![problem] });
+                let problem = Problem {
+                    severity: Severity::Error,
+                    line: None,
+                    key: String::new(),
+                    text,
+                };
+                return Err(ConfigErrors {
+                    file: Some(file.to_owned()),
+                    problems: vec![problem],
+                });
             }
         };
         problems.extend(check::directories(&config, &lines));
@@ -184,10 +191,16 @@ fn read_file(file: &Path) -> Result<String, String> {
         .read_to_end(&mut bytes)
         .map_err(|error| format!("cannot be read: {error}"))?;
     if bytes.len() as u64 > limits::FILE_BYTES_MAX {
-        return Err(format!("is longer than {} KiB", limits::FILE_BYTES_MAX >> 10));
+        return Err(format!(
+            "is longer than {} KiB",
+            limits::FILE_BYTES_MAX >> 10
+        ));
     }
     String::from_utf8(bytes).map_err(|error| {
-        let before = error.as_bytes().get(..error.utf8_error().valid_up_to()).unwrap_or_default();
+        let before = error
+            .as_bytes()
+            .get(..error.utf8_error().valid_up_to())
+            .unwrap_or_default();
         let line = 1 + before.iter().filter(|&&byte| byte == b'\n').count();
         format!("is not UTF-8 in line {line}")
     })
@@ -201,10 +214,17 @@ fn usable(
 ) -> Result<Loaded, ConfigErrors> {
     problems.sort_by_key(|problem| problem.line);
     let file = file.map(Path::to_owned);
-    if problems.iter().any(|problem| problem.severity == Severity::Error) {
+    if problems
+        .iter()
+        .any(|problem| problem.severity == Severity::Error)
+    {
         return Err(ConfigErrors { file, problems });
     }
-    Ok(Loaded { config, file, warnings: problems })
+    Ok(Loaded {
+        config,
+        file,
+        warnings: problems,
+    })
 }
 
 /// A configuration that can be used.
@@ -261,14 +281,17 @@ pub fn mib_to_pages(mib: u64) -> u64 {
 }
 
 /// Where the sockets are when nothing is said: `/run/copage` for root, else `copage` below
-/// `$XDG_RUNTIME_DIR`, else `/tmp/copage-UID`.
+/// `$XDG_RUNTIME_DIR`, else `.cache/copage` at home. Never below a directory where others may have
+/// been first.
 pub fn default_run_dir() -> PathBuf {
-    let uid = rustix::process::geteuid();
-    if uid.is_root() {
+    if rustix::process::geteuid().is_root() {
         return PathBuf::from("/run/copage");
     }
-    match std::env::var_os("XDG_RUNTIME_DIR") {
-        Some(dir) if Path::new(&dir).is_absolute() => Path::new(&dir).join("copage"),
-        _ => PathBuf::from(format!("/tmp/copage-{}", uid.as_raw())),
-    }
+    let below = |variable: &str, name: &str| {
+        let dir = PathBuf::from(std::env::var_os(variable)?);
+        dir.is_absolute().then(|| dir.join(name))
+    };
+    below("XDG_RUNTIME_DIR", "copage")
+        .or_else(|| below("HOME", ".cache/copage"))
+        .unwrap_or_else(|| PathBuf::from("/run/copage"))
 }

@@ -26,7 +26,9 @@ fn distance(a: &str, b: &str) -> usize {
     for (i, &x) in a.iter().enumerate() {
         let mut row = vec![i + 1];
         for (j, &y) in b.iter().enumerate() {
-            let mut best = (above[j] + usize::from(x != y)).min(above[j + 1] + 1).min(row[j] + 1);
+            let mut best = (above[j] + usize::from(x != y))
+                .min(above[j + 1] + 1)
+                .min(row[j] + 1);
             if i > 0 && j > 0 && x == b[j - 1] && a[i - 1] == y {
                 best = best.min(before[j - 1] + 1);
             }
@@ -61,7 +63,13 @@ mod tests {
 
     #[test]
     fn other_words_are_not() {
-        for word in ["", "x", "colour", "größe", "frame_mib_of_all_the_guests_together_please"] {
+        for word in [
+            "",
+            "x",
+            "colour",
+            "größe",
+            "frame_mib_of_all_the_guests_together_please",
+        ] {
             assert_eq!(nearest(word, &KNOWN), None, "{word}");
         }
         assert_eq!(nearest("force", &[]), None);
@@ -69,7 +77,12 @@ mod tests {
 
     #[test]
     fn distances() {
-        for (a, b, d) in [("", "", 0), ("abc", "", 3), ("abc", "acb", 1), ("kitten", "sitting", 3)] {
+        for (a, b, d) in [
+            ("", "", 0),
+            ("abc", "", 3),
+            ("abc", "acb", 1),
+            ("kitten", "sitting", 3),
+        ] {
             assert_eq!(distance(a, b), d, "{a} {b}");
         }
     }

@@ -43,20 +43,41 @@ fn config(reader: &mut Reader<'_>, mut top: Section<'_, '_>, lines: &mut Lines) 
         config.run_dir = PathBuf::from(found.value);
     }
     let r = reader;
-    set(&mut config.frames_mib, top.number(r, "frames_mib", &limits::FRAMES_MIB, "MiB"));
-    set32(&mut config.lease_ttl_ms, top.number(r, "lease_ttl_ms", &limits::LEASE_TTL_MS, "ms"));
+    set(
+        &mut config.frames_mib,
+        top.number(r, "frames_mib", &limits::FRAMES_MIB, "MiB"),
+    );
+    set32(
+        &mut config.lease_ttl_ms,
+        top.number(r, "lease_ttl_ms", &limits::LEASE_TTL_MS, "ms"),
+    );
     let deadline = &limits::INVALIDATE_DEADLINE_MS;
-    set32(&mut config.invalidate_deadline_ms, top.number(r, "invalidate_deadline_ms", deadline, "ms"));
-    set32(&mut config.host_settle_ms, top.number(r, "host_settle_ms", &limits::HOST_SETTLE_MS, "ms"));
-    set32(&mut config.fill_threads, top.number(r, "fill_threads", &limits::FILL_THREADS, "threads"));
+    set32(
+        &mut config.invalidate_deadline_ms,
+        top.number(r, "invalidate_deadline_ms", deadline, "ms"),
+    );
+    set32(
+        &mut config.host_settle_ms,
+        top.number(r, "host_settle_ms", &limits::HOST_SETTLE_MS, "ms"),
+    );
+    set32(
+        &mut config.fill_threads,
+        top.number(r, "fill_threads", &limits::FILL_THREADS, "threads"),
+    );
     if let Some(found) = top.number(r, "readahead_kib", &limits::READAHEAD_KIB, "KiB") {
         if !found.value.is_power_of_two() {
-            let text = format!("is {} KiB; give a power of two from 4 to 2048 KiB", found.value);
+            let text = format!(
+                "is {} KiB; give a power of two from 4 to 2048 KiB",
+                found.value
+            );
             r.error(Some(found.line), "readahead_kib", text);
         }
         set32(&mut config.readahead_kib, Some(found));
     }
-    set(&mut config.pin_file_mib, top.number(r, "pin_file_mib", &limits::PIN_FILE_MIB, "MiB"));
+    set(
+        &mut config.pin_file_mib,
+        top.number(r, "pin_file_mib", &limits::PIN_FILE_MIB, "MiB"),
+    );
     config.huge = top.boolean(r, "huge").unwrap_or(config.huge);
     config.force = top.boolean(r, "force").unwrap_or(config.force);
     if let Some(section) = top.section(r, "limits", "limits.") {
@@ -65,9 +86,11 @@ fn config(reader: &mut Reader<'_>, mut top: Section<'_, '_>, lines: &mut Lines) 
     let guests = top.sections(r, "guest", "guest.");
     within(r, "guest", guests.len(), limits::GUESTS_MAX);
     for (index, section) in guests.into_iter().take(limits::GUESTS_MAX).enumerate() {
-        config.guests.push(guest(r, section, config.limits, &mut |key, line| {
-            lines.note(Item::Guest(index), key, line);
-        }));
+        config
+            .guests
+            .push(guest(r, section, config.limits, &mut |key, line| {
+                lines.note(Item::Guest(index), key, line);
+            }));
     }
     let exports = top.sections(r, "export", "export.");
     within(r, "export", exports.len(), limits::EXPORTS_MAX);
@@ -82,7 +105,11 @@ fn config(reader: &mut Reader<'_>, mut top: Section<'_, '_>, lines: &mut Lines) 
 
 fn within(reader: &mut Reader<'_>, key: &str, count: usize, max: usize) {
     if count > max {
-        reader.error(None, key, format!("there are {count} of them; at most {max} are allowed"));
+        reader.error(
+            None,
+            key,
+            format!("there are {count} of them; at most {max} are allowed"),
+        );
     }
 }
 
@@ -115,10 +142,22 @@ const _: () = {
 
 fn limits_of(r: &mut Reader<'_>, mut section: Section<'_, '_>, general: Limits) -> Limits {
     let mut limits = general;
-    set(&mut limits.grants_max, section.number(r, "grants_max", &limits::GRANTS_MAX, "grants"));
-    set32(&mut limits.handles_max, section.number(r, "handles_max", &limits::HANDLES_MAX, "handles"));
-    set32(&mut limits.files_max, section.number(r, "files_max", &limits::FILES_MAX, "files"));
-    set(&mut limits.pinned_mib, section.number(r, "pinned_mib", &limits::PINNED_MIB, "MiB"));
+    set(
+        &mut limits.grants_max,
+        section.number(r, "grants_max", &limits::GRANTS_MAX, "grants"),
+    );
+    set32(
+        &mut limits.handles_max,
+        section.number(r, "handles_max", &limits::HANDLES_MAX, "handles"),
+    );
+    set32(
+        &mut limits.files_max,
+        section.number(r, "files_max", &limits::FILES_MAX, "files"),
+    );
+    set(
+        &mut limits.pinned_mib,
+        section.number(r, "pinned_mib", &limits::PINNED_MIB, "MiB"),
+    );
     if let Some(found) = section.number(r, "frames_mib", &limits::GUEST_FRAMES_MIB, "MiB") {
         limits.frames_mib = Some(found.value);
     }
@@ -128,7 +167,12 @@ fn limits_of(r: &mut Reader<'_>, mut section: Section<'_, '_>, general: Limits) 
 
 type Note<'n> = &'n mut dyn FnMut(&'static str, usize);
 
-fn name(r: &mut Reader<'_>, section: &mut Section<'_, '_>, example: &str, note: Note<'_>) -> String {
+fn name(
+    r: &mut Reader<'_>,
+    section: &mut Section<'_, '_>,
+    example: &str,
+    note: Note<'_>,
+) -> String {
     note("", section.line);
     let before = r.problems.len();
     match section.string(r, "name", example) {
@@ -146,7 +190,12 @@ fn name(r: &mut Reader<'_>, section: &mut Section<'_, '_>, example: &str, note: 
     }
 }
 
-fn guest(r: &mut Reader<'_>, mut section: Section<'_, '_>, general: Limits, note: Note<'_>) -> GuestConfig {
+fn guest(
+    r: &mut Reader<'_>,
+    mut section: Section<'_, '_>,
+    general: Limits,
+    note: Note<'_>,
+) -> GuestConfig {
     let name = name(r, &mut section, "web", note);
     let uid = section.number(r, "uid", &limits::UID, "").map(|found| {
         note("uid", found.line);
@@ -211,7 +260,9 @@ impl std::str::FromStr for Mode {
         }
         let shown: String = mode.escape_debug().take(40).collect();
         if MODES_LATER.contains(&mode) {
-            return Err(format!("mode \"{shown}\" is not built yet; this version has \"ro\" only"));
+            return Err(format!(
+                "mode \"{shown}\" is not built yet; this version has \"ro\" only"
+            ));
         }
         let meant = nearest(mode, &MODES_LATER).map_or(String::new(), |known| {
             format!(" (\"{known}\" is not built yet)")

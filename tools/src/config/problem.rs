@@ -58,7 +58,10 @@ impl ConfigErrors {
 
     /// How many of the problems are errors.
     pub fn errors(&self) -> usize {
-        self.problems.iter().filter(|p| p.severity == Severity::Error).count()
+        self.problems
+            .iter()
+            .filter(|p| p.severity == Severity::Error)
+            .count()
     }
 }
 
@@ -73,7 +76,10 @@ pub(super) fn lines(file: Option<&Path>, problems: &[Problem]) -> Vec<String> {
     let shown = problems.iter().take(PROBLEMS_MAX);
     let mut lines: Vec<String> = shown.map(|p| format!("{}{p}", place(p))).collect();
     if problems.len() > PROBLEMS_MAX {
-        lines.push(format!("and {} more like these", problems.len() - PROBLEMS_MAX));
+        lines.push(format!(
+            "and {} more like these",
+            problems.len() - PROBLEMS_MAX
+        ));
     }
     lines
 }

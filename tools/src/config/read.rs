@@ -14,7 +14,10 @@ pub(super) struct Reader<'t> {
 
 impl<'t> Reader<'t> {
     pub(super) fn new(text: &'t str) -> Self {
-        Self { text, problems: Vec::new() }
+        Self {
+            text,
+            problems: Vec::new(),
+        }
     }
 
     /// The line, from 1, of a place in the text.
@@ -24,7 +27,12 @@ impl<'t> Reader<'t> {
     }
 
     pub(super) fn error(&mut self, line: Option<usize>, key: impl Into<String>, text: String) {
-        self.problems.push(Problem { severity: Severity::Error, line, key: key.into(), text });
+        self.problems.push(Problem {
+            severity: Severity::Error,
+            line,
+            key: key.into(),
+            text,
+        });
     }
 }
 
@@ -52,15 +60,24 @@ impl<'s, 'i> Section<'s, 'i> {
         line: usize,
         table: &'s DeTable<'i>,
     ) -> Self {
-        let lines = |key: &Range<usize>, value: &Range<usize>| (reader.line(key), reader.line(value));
+        let lines =
+            |key: &Range<usize>, value: &Range<usize>| (reader.line(key), reader.line(value));
         let left = table
             .iter()
             .map(|(key, value)| {
                 let (key_line, value_line) = lines(&key.span(), &value.span());
-                (key.get_ref().as_ref(), (key_line, value_line, value.get_ref()))
+                (
+                    key.get_ref().as_ref(),
+                    (key_line, value_line, value.get_ref()),
+                )
             })
             .collect();
-        Self { prefix, left, asked: Vec::new(), line }
+        Self {
+            prefix,
+            left,
+            asked: Vec::new(),
+            line,
+        }
     }
 
     /// The key as messages name it.
@@ -73,7 +90,14 @@ impl<'s, 'i> Section<'s, 'i> {
         self.left.remove(key).map(|(_, line, value)| (line, value))
     }
 
-    fn wrong(&self, reader: &mut Reader<'_>, line: usize, key: &str, wanted: &str, got: &DeValue<'_>) {
+    fn wrong(
+        &self,
+        reader: &mut Reader<'_>,
+        line: usize,
+        key: &str,
+        wanted: &str,
+        got: &DeValue<'_>,
+    ) {
         let got = match got {
             DeValue::String(_) => "a string".to_owned(),
             DeValue::Integer(n) => format!("the number {}", n.as_str()),
@@ -83,7 +107,11 @@ impl<'s, 'i> Section<'s, 'i> {
             DeValue::Array(_) => "a list".to_owned(),
             DeValue::Table(_) => "a table".to_owned(),
         };
-        reader.error(Some(line), self.name(key), format!("is {got}; give {wanted}"));
+        reader.error(
+            Some(line),
+            self.name(key),
+            format!("is {got}; give {wanted}"),
+        );
     }
 
     /// A whole number in `range` of `unit`.
@@ -95,8 +123,16 @@ impl<'s, 'i> Section<'s, 'i> {
         unit: &str,
     ) -> Option<Found<u64>> {
         let (line, value) = self.take(key)?;
-        let unit = if unit.is_empty() { String::new() } else { format!(" {unit}") };
-        let wanted = format!("a whole number from {} to {}{unit}", range.start(), range.end());
+        let unit = if unit.is_empty() {
+            String::new()
+        } else {
+            format!(" {unit}")
+        };
+        let wanted = format!(
+            "a whole number from {} to {}{unit}",
+            range.start(),
+            range.end()
+        );
         let DeValue::Integer(number) = value else {
             self.wrong(reader, line, key, &wanted, value);
             return None;
@@ -105,7 +141,11 @@ impl<'s, 'i> Section<'s, 'i> {
             Ok(value) if range.contains(&value) => Some(Found { value, line }),
             _ => {
                 let got = number.to_string();
-                reader.error(Some(line), self.name(key), format!("is {got}{unit}; give {wanted}"));
+                reader.error(
+                    Some(line),
+                    self.name(key),
+                    format!("is {got}{unit}; give {wanted}"),
+                );
                 None
             }
         }
@@ -131,9 +171,18 @@ impl<'s, 'i> Section<'s, 'i> {
     ) -> Option<Found<String>> {
         let (line, value) = self.take(key)?;
         match value {
-            DeValue::String(s) => Some(Found { value: s.clone().into_owned(), line }),
+            DeValue::String(s) => Some(Found {
+                value: s.clone().into_owned(),
+                line,
+            }),
             other => {
-                self.wrong(reader, line, key, &format!("a string like \"{example}\""), other);
+                self.wrong(
+                    reader,
+                    line,
+                    key,
+                    &format!("a string like \"{example}\""),
+                    other,
+                );
                 None
             }
         }
@@ -159,7 +208,10 @@ impl<'s, 'i> Section<'s, 'i> {
                 other => self.wrong(reader, reader.line(&item.span()), key, &wanted, other),
             }
         }
-        Some(Found { value: strings, line })
+        Some(Found {
+            value: strings,
+            line,
+        })
     }
 
     /// A table inside this one.
@@ -190,7 +242,10 @@ impl<'s, 'i> Section<'s, 'i> {
         let Some((line, value)) = self.take(key) else {
             return Vec::new();
         };
-        let wanted = format!("one or more tables, each begun by a line [[{}]]", self.name(key));
+        let wanted = format!(
+            "one or more tables, each begun by a line [[{}]]",
+            self.name(key)
+        );
         let DeValue::Array(array) = value else {
             self.wrong(reader, line, key, &wanted, value);
             return Vec::new();
@@ -209,7 +264,11 @@ impl<'s, 'i> Section<'s, 'i> {
 
     /// Notes a key that has to be there and is not.
     pub(super) fn missing(&self, reader: &mut Reader<'_>, key: &str, how: &str) {
-        reader.error(Some(self.line), self.name(key), format!("is missing; give {how}"));
+        reader.error(
+            Some(self.line),
+            self.name(key),
+            format!("is missing; give {how}"),
+        );
     }
 
     /// Whatever was not asked for is an unknown key.

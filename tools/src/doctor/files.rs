@@ -22,10 +22,20 @@ pub(super) fn all(dir: &Path) -> Vec<Finding> {
         Err(why) => {
             let fix = "copage doctor DIR with a directory that is to be exported";
             let missing = |name| Finding::limited(name, &*why, "not tried", fix);
-            return vec![missing("leases"), missing("direct reads"), watches(dir), cache_figures(None)];
+            return vec![
+                missing("leases"),
+                missing("direct reads"),
+                watches(dir),
+                cache_figures(None),
+            ];
         }
     };
-    vec![leases(&file), direct(&file), watches(dir), cache_figures(Some(&file))]
+    vec![
+        leases(&file),
+        direct(&file),
+        watches(dir),
+        cache_figures(Some(&file)),
+    ]
 }
 
 /// A file of a page or more below `dir`, the nearest.
@@ -39,7 +49,9 @@ fn a_file(dir: &Path) -> Result<PathBuf, String> {
             Err(_) => continue,
         };
         for entry in entries.flatten() {
-            left = left.checked_sub(1).ok_or_else(|| format!("no file found in {}", dir.display()))?;
+            left = left
+                .checked_sub(1)
+                .ok_or_else(|| format!("no file found in {}", dir.display()))?;
             let Ok(meta) = entry.metadata() else { continue };
             if meta.is_dir() {
                 todo.push_back(entry.path());
@@ -48,12 +60,16 @@ fn a_file(dir: &Path) -> Result<PathBuf, String> {
             }
         }
     }
-    Err(format!("no file of 4 KiB that may be read in {}", dir.display()))
+    Err(format!(
+        "no file of 4 KiB that may be read in {}",
+        dir.display()
+    ))
 }
 
 fn leases(path: &Path) -> Finding {
     let name = "leases";
-    let cost = "files are host-bounded: changes of the host are noticed at open and on notification only";
+    let cost =
+        "files are host-bounded: changes of the host are noticed at open and on notification only";
     let shown = path.display();
     let tried = File::open(path).and_then(|file| {
         // Should somebody write to it right now: a signal that does nothing.
@@ -90,7 +106,10 @@ fn direct(path: &Path) -> Finding {
     let flags = OFlags::RDONLY | OFlags::DIRECT | OFlags::CLOEXEC;
     let shown = path.display();
     match rustix::fs::open(path, flags, Mode::empty()) {
-        Ok(_) => Finding::have(name, format!("O_DIRECT on {shown}: filling leaves no second copy")),
+        Ok(_) => Finding::have(
+            name,
+            format!("O_DIRECT on {shown}: filling leaves no second copy"),
+        ),
         Err(errno) => Finding::limited(
             name,
             format!("O_DIRECT on {shown}: {errno}"),

@@ -25,7 +25,9 @@ fn device() -> Finding {
         Ok(_) => Finding::have(name, "/dev/fuse may be opened"),
         Err(error) => {
             let fix = match error.kind() {
-                io::ErrorKind::PermissionDenied => "chmod 666 /dev/fuse, as root (most systems have it so)",
+                io::ErrorKind::PermissionDenied => {
+                    "chmod 666 /dev/fuse, as root (most systems have it so)"
+                }
                 _ => "modprobe fuse, as root (containers: pass --device /dev/fuse)",
             };
             Finding::lack(name, format!("/dev/fuse: {error}"), cost, fix)
@@ -44,7 +46,12 @@ fn helper() -> Finding {
         }
         Some((_, path)) => {
             let found = format!("{} is not set-user-id", path.display());
-            Finding::lack(name, found, cost, "chmod u+s on it, as root, or a package that has it so")
+            Finding::lack(
+                name,
+                found,
+                cost,
+                "chmod u+s on it, as root, or a package that has it so",
+            )
         }
         None => Finding::lack(name, "it is not in PATH", cost, fix),
     }
@@ -52,14 +59,18 @@ fn helper() -> Finding {
 
 fn in_path(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
-    std::env::split_paths(&path).map(|dir| dir.join(program)).find(|file| file.is_file())
+    std::env::split_paths(&path)
+        .map(|dir| dir.join(program))
+        .find(|file| file.is_file())
 }
 
 /// Is CAP_SYS_ADMIN effective, and of the machine rather than of a user namespace?
 fn system_admin() -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-    let bits = effective.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).unwrap_or(0);
+    let bits = effective
+        .and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok())
+        .unwrap_or(0);
     let map = std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
     let whole = map.split_whitespace().eq(["0", "0", "4294967295"]);
     bits & (1 << CAP_SYS_ADMIN) != 0 && whole

@@ -7,7 +7,10 @@ use std::path::Path;
 const SHMEM_ENABLED: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
 
 pub(super) fn release() -> String {
-    rustix::system::uname().release().to_string_lossy().into_owned()
+    rustix::system::uname()
+        .release()
+        .to_string_lossy()
+        .into_owned()
 }
 
 /// `6.18.44-x` as (6, 18).
@@ -26,12 +29,28 @@ pub(super) fn version() -> Finding {
     let fix = "a newer kernel (6.9 or later has all that is used)";
     // Each with what is lost before it; the first that is too new counts.
     let later = [
-        (5, 12, "frame files that even root cannot make writable (mount_setattr)"),
+        (
+            5,
+            12,
+            "frame files that even root cannot make writable (mount_setattr)",
+        ),
         (5, 14, "populating mappings ahead (MADV_POPULATE_READ)"),
-        (5, 19, "private writable mappings (write protection of tmpfs files)"),
+        (
+            5,
+            19,
+            "private writable mappings (write protection of tmpfs files)",
+        ),
         (6, 1, "2 MiB frames (MADV_COLLAPSE)"),
-        (6, 6, "figures of the host's page cache, and cheap refusals (cachestat, UFFDIO_POISON)"),
-        (6, 9, "mounts whose files are the shared frames (FUSE passthrough)"),
+        (
+            6,
+            6,
+            "figures of the host's page cache, and cheap refusals (cachestat, UFFDIO_POISON)",
+        ),
+        (
+            6,
+            9,
+            "mounts whose files are the shared frames (FUSE passthrough)",
+        ),
     ];
     let lost: Vec<_> = later
         .iter()
@@ -74,7 +93,9 @@ pub(super) fn huge_policy() -> Finding {
         ),
         "always" | "within_size" => Finding::limited(
             name,
-            format!("shmem_enabled is {policy}: huge pages come unasked to files off a private mount"),
+            format!(
+                "shmem_enabled is {policy}: huge pages come unasked to files off a private mount"
+            ),
             "without CAP_SYS_ADMIN, frames are filled page by page, which is slower",
             "echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled, as root",
         ),
@@ -89,12 +110,19 @@ pub(super) fn huge_policy() -> Finding {
 
 /// Only where there is something to say.
 pub(super) fn xen() -> Option<Finding> {
-    let places = ["/proc/xen/capabilities", "/dev/xen/gntdev", "/dev/xen/privcmd", "/proc/xen"];
+    let places = [
+        "/proc/xen/capabilities",
+        "/dev/xen/gntdev",
+        "/dev/xen/privcmd",
+        "/proc/xen",
+    ];
     let place = places.into_iter().find(|place| Path::new(place).exists())?;
     Some(Finding::new(
         "xen",
         State::Note,
-        format!("this machine runs on Xen ({place}); this version has the local backend only: processes are the guests"),
+        format!(
+            "this machine runs on Xen ({place}); this version has the local backend only: processes are the guests"
+        ),
     ))
 }
 
@@ -108,7 +136,10 @@ mod tests {
         assert_eq!(parse("5.4-rc1"), Some((5, 4)));
         assert_eq!(parse("odd"), None);
         assert!(parse("6.10") > parse("6.9.1"));
-        assert_eq!(chosen("always within_size advise [never] deny force\n"), Some("never"));
+        assert_eq!(
+            chosen("always within_size advise [never] deny force\n"),
+            Some("never")
+        );
         assert_eq!(chosen("none"), None);
     }
 }

@@ -81,7 +81,14 @@ impl Finding {
     }
 
     fn new(name: &'static str, state: State, found: impl Into<String>) -> Self {
-        Self { name, state, needed: false, found: found.into(), cost: None, fix: None }
+        Self {
+            name,
+            state,
+            needed: false,
+            found: found.into(),
+            cost: None,
+            fix: None,
+        }
     }
 
     fn limited(name: &'static str, found: impl Into<String>, cost: &str, fix: &str) -> Self {
@@ -93,11 +100,18 @@ impl Finding {
     }
 
     fn with(self, cost: &str, fix: &str) -> Self {
-        Self { cost: Some(cost.to_owned()), fix: Some(fix.to_owned()), ..self }
+        Self {
+            cost: Some(cost.to_owned()),
+            fix: Some(fix.to_owned()),
+            ..self
+        }
     }
 
     fn needed(self) -> Self {
-        Self { needed: true, ..self }
+        Self {
+            needed: true,
+            ..self
+        }
     }
 
     /// It keeps files from being shared at all.
@@ -122,11 +136,19 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let uid = rustix::process::geteuid();
     if args.json {
         let kernel = kernel::release();
-        let report =
-            Report { local_sharing: works, kernel, uid: uid.as_raw(), findings: &findings };
+        let report = Report {
+            local_sharing: works,
+            kernel,
+            uid: uid.as_raw(),
+            findings: &findings,
+        };
         output::json(&report)?;
     } else {
-        let who = if uid.is_root() { "root".into() } else { format!("uid {}", uid.as_raw()) };
+        let who = if uid.is_root() {
+            "root".into()
+        } else {
+            format!("uid {}", uid.as_raw())
+        };
         output::line(&format!("As {who}:"))?;
         for finding in &findings {
             output::line(&text(finding))?;
@@ -137,7 +159,11 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             "Files cannot be shared on this machine until the needed things above are there."
         })?;
     }
-    Ok(if works { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if works {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
 fn findings(dir: &Path) -> Vec<Finding> {
@@ -163,7 +189,10 @@ fn text(finding: &Finding) -> String {
             text.push_str(&format!("\n        {:18} {head}: {what}", ""));
         }
     };
-    add(if finding.needed { "needed" } else { "costs" }, &finding.cost);
+    add(
+        if finding.stops() { "needed" } else { "costs" },
+        &finding.cost,
+    );
     add("to get it", &finding.fix);
     text
 }
@@ -188,10 +217,25 @@ mod tests {
         for finding in &found {
             assert!(!finding.found.is_empty(), "{finding:?}");
             let lacks = matches!(finding.state, State::Lack | State::Limited);
-            assert_eq!(lacks, finding.cost.is_some() && finding.fix.is_some(), "{finding:?}");
-            assert!(!text(finding).contains("\n\n") && finding.found.len() < 300, "{finding:?}");
+            assert_eq!(
+                lacks,
+                finding.cost.is_some() && finding.fix.is_some(),
+                "{finding:?}"
+            );
+            assert!(
+                !text(finding).contains("\n\n") && finding.found.len() < 300,
+                "{finding:?}"
+            );
         }
-        for name in ["kernel", "frame files", "userfaultfd", "fuse", "leases", "inotify", "pidfd"] {
+        for name in [
+            "kernel",
+            "frame files",
+            "userfaultfd",
+            "fuse",
+            "leases",
+            "inotify",
+            "pidfd",
+        ] {
             assert!(names.contains(&name), "{name}");
         }
     }
@@ -203,6 +247,9 @@ mod tests {
         assert!(lack.clone().needed().stops());
         assert!(!Finding::have("x", "there").needed().stops());
         let text = text(&lack.needed());
-        assert!(text.starts_with("  LACK  x ") && text.contains("needed: all of it"), "{text}");
+        assert!(
+            text.starts_with("  LACK  x ") && text.contains("needed: all of it"),
+            "{text}"
+        );
     }
 }

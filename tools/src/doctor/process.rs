@@ -30,7 +30,11 @@ fn open_files() -> Finding {
     let name = "open files";
     let limit = getrlimit(Resource::Nofile);
     let shown = |limit: Option<u64>| limit.map_or("no limit".to_owned(), |n| n.to_string());
-    let found = format!("RLIMIT_NOFILE {}, can be raised to {}", shown(limit.current), shown(limit.maximum));
+    let found = format!(
+        "RLIMIT_NOFILE {}, can be raised to {}",
+        shown(limit.current),
+        shown(limit.maximum)
+    );
     let cost = "each cached file takes four descriptors of the daemon: fewer files are kept";
     let fix = "ulimit -Hn 1048576, LimitNOFILE= in a systemd unit, or /etc/security/limits.conf";
     match limit.maximum {
@@ -42,7 +46,9 @@ fn open_files() -> Finding {
 
 /// A line of /proc/meminfo, in bytes.
 fn meminfo(text: &str, name: &str) -> Option<u64> {
-    let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
     let kib: u64 = line.trim().strip_suffix(" kB")?.trim().parse().ok()?;
     kib.checked_mul(1024)
 }
@@ -53,9 +59,18 @@ fn memory() -> Finding {
     let budget = Config::default().frames_mib << 20;
     let Some(available) = meminfo(&text, "MemAvailable") else {
         let fix = "mount /proc";
-        return Finding::limited(name, "/proc/meminfo does not tell", "it was not looked at", fix);
+        return Finding::limited(
+            name,
+            "/proc/meminfo does not tell",
+            "it was not looked at",
+            fix,
+        );
     };
-    let found = format!("{} available; the default budget is {}", bytes(available), bytes(budget));
+    let found = format!(
+        "{} available; the default budget is {}",
+        bytes(available),
+        bytes(budget)
+    );
     if available >= budget {
         return Finding::have(name, found);
     }

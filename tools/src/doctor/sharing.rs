@@ -9,9 +9,10 @@ use copage_grants::{
 use copage_mmap::UserfaultMode;
 use copage_mmap::bare::BareService;
 use copage_mmap::probe::userfault;
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -50,21 +51,33 @@ pub(super) fn all() -> Vec<Finding> {
 }
 
 fn local(store: FrameStore) -> Result<Arc<LocalBackend>, GrantError> {
-    let config = LocalConfig { entries: 4096, store, ..LocalConfig::default() };
+    let config = LocalConfig {
+        entries: 4096,
+        store,
+        ..LocalConfig::default()
+    };
     Ok(Arc::new(LocalBackend::new(config)?))
 }
 
 /// A home of so many pages with its descriptor.
 fn home(backend: &LocalBackend, pages: u32) -> Result<(HomeId, OwnedFd), GrantError> {
     let bytes = u64::from(pages) * PAGE_SIZE as u64;
-    let home = backend.open_home(&HomeSpec { label: "doctor".into(), bytes, class: TrustClass::OWN })?;
+    let home = backend.open_home(&HomeSpec {
+        label: "doctor".into(),
+        bytes,
+        class: TrustClass::OWN,
+    })?;
     Ok((home, backend.home_descriptor(home)?))
 }
 
 fn frame_files(backend: &LocalBackend) -> Finding {
     let name = "frame files";
     if backend.store_kind() == FrameStore::PrivateMount {
-        return Finding::have(name, "on a private mount of their own, read-only for guests").needed();
+        return Finding::have(
+            name,
+            "on a private mount of their own, read-only for guests",
+        )
+        .needed();
     }
     Finding::limited(
         name,
@@ -83,13 +96,17 @@ fn enforcement(backend: &LocalBackend) -> Finding {
     match home(backend, 1) {
         Err(error) => Finding::lack(name, error.to_string(), cost, fix),
         Ok((_, descriptor)) => {
+            let descriptor = File::from(descriptor);
             let path = format!("/proc/self/fd/{}", descriptor.as_raw_fd());
+            // Whoever owns a file may change its mode, unless the mount forbids it.
+            let _ = descriptor.set_permissions(Permissions::from_mode(0o777));
             match File::options().write(true).open(path) {
-                Err(error) => {
-                    Finding::have(name, format!("reopening a frame file for writing fails ({error})"))
-                }
+                Err(error) => Finding::have(
+                    name,
+                    format!("making a frame file writable and reopening it fails ({error})"),
+                ),
                 Ok(_) => {
-                    let found = "a guest of this user can reopen its frame files for writing";
+                    let found = "a guest of this user can make a frame file writable and reopen it";
                     Finding::limited(name, found, cost, fix)
                 }
             }
@@ -100,7 +117,11 @@ fn enforcement(backend: &LocalBackend) -> Finding {
 fn userfaultfd() -> Finding {
     let name = "userfaultfd";
     let seen = userfault();
-    let device = match File::options().read(true).write(true).open("/dev/userfaultfd") {
+    let device = match File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/userfaultfd")
+    {
         Ok(_) => "/dev/userfaultfd may be opened".to_owned(),
         Err(error) if error.kind() == io::ErrorKind::NotFound => "no /dev/userfaultfd".to_owned(),
         Err(error) => format!("/dev/userfaultfd: {error}"),
@@ -112,9 +133,10 @@ fn userfaultfd() -> Finding {
     let settings = format!("{device}, {sysctl}");
     let fix = "setfacl -m u:USER:rw /dev/userfaultfd as root, or run the daemon as root: it then passes the device to its guests";
     let mut finding = match seen.mode {
-        UserfaultMode::Full => {
-            Finding::have(name, format!("all faults are served, those of system calls too ({settings})"))
-        }
+        UserfaultMode::Full => Finding::have(
+            name,
+            format!("all faults are served, those of system calls too ({settings})"),
+        ),
         UserfaultMode::UserModeOnly => Finding::limited(
             name,
             format!("faults of user mode only ({settings})"),
@@ -158,29 +180,41 @@ fn try_faults(backend: &Arc<LocalBackend>) -> Result<(), String> {
     let text = |error: GrantError| error.to_string();
     let (home, descriptor) = home(backend, PAGES).map_err(text)?;
     // Before anybody waits for it: can pages be stored at all?
-    backend.store(home, PageIndex(0), &[FrameNo(0)], &[MARK; PAGE_SIZE]).map_err(text)?;
+    backend
+        .store(home, PageIndex(0), &[FrameNo(0)], &[MARK; PAGE_SIZE])
+        .map_err(text)?;
     let fills = Arc::new(AtomicU32::new(0));
     let (filler, count) = (Arc::clone(backend), Arc::clone(&fills));
-    let mapping = BareService::start(descriptor.as_fd(), PAGES as usize * PAGE_SIZE, move |page| {
-        count.fetch_add(1, Ordering::Relaxed);
-        // At most PAGES pages are mapped.
-        let frames = [FrameNo(page as u32)];
-        let stored = filler.store(home, PageIndex(page), &frames, &[MARK; PAGE_SIZE]);
-        stored.map_err(io::Error::other)?;
-        Ok(page..page + 1)
-    })
+    let mapping = BareService::start(
+        descriptor.as_fd(),
+        PAGES as usize * PAGE_SIZE,
+        move |page| {
+            count.fetch_add(1, Ordering::Relaxed);
+            // At most PAGES pages are mapped.
+            let frames = [FrameNo(page as u32)];
+            let stored = filler.store(home, PageIndex(page), &frames, &[MARK; PAGE_SIZE]);
+            stored.map_err(io::Error::other)?;
+            Ok(page..page + 1)
+        },
+    )
     .map_err(|error| format!("mapping with userfaultfd: {error}"))?;
     let look = |page: usize| mapping.as_volatile().read_u8(page * PAGE_SIZE);
     let fill_count = || fills.load(Ordering::Relaxed);
     let see = |what: &str, page: usize, wanted: u32| match (look(page), fill_count()) {
         (Some(MARK), seen) if seen == wanted => Ok(()),
-        (byte, seen) => Err(format!("{what}: {byte:02x?} after {seen} faults, not {wanted}")),
+        (byte, seen) => Err(format!(
+            "{what}: {byte:02x?} after {seen} faults, not {wanted}"
+        )),
     };
     see("a page that was there", 0, 0)?;
     see("a page that was not", 2, 1)?;
     let dom = DomId(1);
-    backend.grant(dom, Access::ReadOnly, &[FrameNo(2)], &mut Vec::new()).map_err(text)?;
-    backend.force_out(home, PageIndex(2), &[FrameNo(2)], &mut |_, _| {}).map_err(text)?;
+    backend
+        .grant(dom, Access::ReadOnly, &[FrameNo(2)], &mut Vec::new())
+        .map_err(text)?;
+    backend
+        .force_out(home, PageIndex(2), &[FrameNo(2)], &mut |_, _| {})
+        .map_err(text)?;
     see("a page that was taken back", 2, 2)
 }
 
@@ -201,15 +235,19 @@ fn two_mib(backend: &LocalBackend) -> Finding {
         Ok(false) => {
             let deny = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/shmem_enabled");
             let denied = deny.is_ok_and(|policy| policy.contains("[deny]"));
-            let fix = match (denied, Path::new("/sys/kernel/mm/transparent_hugepage").exists()) {
-                (true, _) => "echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled, as root",
+            let fix = match (
+                denied,
+                Path::new("/sys/kernel/mm/transparent_hugepage").exists(),
+            ) {
+                (true, _) => {
+                    "echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled, as root"
+                }
                 (false, true) => "Linux 6.1 or later, and memory that is not in small pieces",
                 (false, false) => "a kernel with CONFIG_TRANSPARENT_HUGEPAGE",
             };
-            Finding::new(name, State::Limited, "the kernel made none (MADV_COLLAPSE)").with(cost, fix)
+            Finding::new(name, State::Limited, "the kernel made none (MADV_COLLAPSE)")
+                .with(cost, fix)
         }
-        Err(error) => {
-            Finding::limited(name, error.to_string(), cost, "2 MiB of memory for frames")
-        }
+        Err(error) => Finding::limited(name, error.to_string(), cost, "2 MiB of memory for frames"),
     }
 }

@@ -49,22 +49,21 @@ pub struct Args {
     library_dir: Vec<OsString>,
     /// The export
     export: String,
-    /// The program
-    path: OsString,
-    /// Its arguments
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-    args: Vec<OsString>,
+    /// The program and its arguments: all that follows is its own, `--help` too
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_name = "PROGRAM")]
+    program: Vec<OsString>,
 }
 
 /// Runs it. To be called before other threads are started.
 pub fn run(args: &Args) -> Result<ExitCode> {
     // Before the session, whose threads would be struck else.
     let signals = SignalFd::new(&Running::SIGNALS).context("signals")?;
+    let (path, rest) = args.program.split_first().context("no program")?;
     let export = args.at.attach(&args.export)?;
     let bytes = |list: &[OsString]| list.iter().cloned().map(OsStringExt::into_vec).collect();
     let command = Command {
-        path: args.path.clone(),
-        args: args.args.clone(),
+        path: path.clone(),
+        args: rest.to_vec(),
         search: Search { library_dirs: bytes(&args.library_dir), also: bytes(&args.library) },
     };
     let mut running = match command.start(&export) {

@@ -1,7 +1,7 @@
 //! The administrator's requests: the quick ones are answered here, the slow ones handed on.
 
 use super::admin_run::{Done, Job, Names};
-use super::admin_types::{AdminReply, AdminRequest, GuestEntry, StatsEntry};
+use super::admin_types::{AdminReply, AdminRequest, ChargesEntry, GuestEntry, StatsEntry};
 use super::core::Core;
 use super::limits::{ACCEPTS_PER_TURN, GRANT_LINES_DEFAULT, GRANT_LINES_MAX};
 use super::poll::{Interest, Ready, Source};
@@ -265,6 +265,18 @@ impl Core {
             ("now_metadata_bytes", cache.metadata_bytes),
         ];
         let used = cache.frames_max.saturating_sub(cache.frames_free);
+        let mut charges: Vec<ChargesEntry> = cache
+            .guests
+            .iter()
+            .filter(|g| g.frames + g.pinned_pages + g.quarantined_pages > 0)
+            .map(|g| ChargesEntry {
+                guest: self.ctx.guests.get(g.guest).map_or_else(String::new, |e| e.name.to_string()),
+                frames: g.frames,
+                pinned_pages: g.pinned_pages,
+                quarantined_pages: g.quarantined_pages,
+            })
+            .collect();
+        charges.sort_by(|a, b| a.guest.cmp(&b.guest));
         StatsEntry {
             backend: self.ctx.backend.name().to_owned(),
             force: self.ctx.backend.capabilities().forced_revoke,
@@ -283,6 +295,7 @@ impl Core {
                 .map(|(k, v)| (k.to_owned(), v))
                 .into_iter()
                 .collect::<BTreeMap<_, _>>(),
+            charges,
         }
     }
 }

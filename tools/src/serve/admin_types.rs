@@ -304,4 +304,20 @@ pub struct StatsEntry {
     pub sessions: u64,
     /// What was counted since the start, by name; names end with their unit where they have one.
     pub counters: BTreeMap<String, u64>,
+    /// What guests are charged with, by name; those that are charged with nothing are left out.
+    #[serde(default)]
+    pub charges: Vec<ChargesEntry>,
+}
+
+/// What one guest is charged with, over all its sessions, those that ended included.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChargesEntry {
+    /// Its name.
+    pub guest: String,
+    /// Frames charged to it.
+    pub frames: u64,
+    /// Pages it has pinned.
+    pub pinned_pages: u64,
+    /// Quarantined pages that it is the cause of.
+    pub quarantined_pages: u64,
 }
