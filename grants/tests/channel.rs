@@ -1,5 +1,6 @@
 //! The control channel between two ends of this process and with another one. What it cannot show:
 //! floods (the daemon's tests do).
+#![allow(clippy::unwrap_used, clippy::panic)] // Tests.
 
 use copage_grants::channel::{Channel, ChannelError, Listener};
 use rustix::fs::{Mode, OFlags};

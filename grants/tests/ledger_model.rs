@@ -2,6 +2,7 @@
 //! standing in for the hypervisor: it maps and unmaps entries as guests would. What it cannot show:
 //! two threads at once (loom shows that for one entry, the lock covers the rest), and that Xen
 //! itself behaves as the stand-in does.
+#![allow(clippy::unwrap_used, clippy::panic)] // Tests.
 
 use copage_grants::entry::{Entry, EntryMemory, OwnEntries};
 use copage_grants::table::{GrantTables, Placement};

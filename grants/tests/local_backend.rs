@@ -1,5 +1,6 @@
 //! The local backend, used as the cache uses it. These tests cannot show what concurrent guests
 //! see (the workspace's tests do, with processes), nor anything about Xen.
+#![allow(clippy::unwrap_used, clippy::panic)] // Tests.
 
 use copage_grants::{
     Access, Backend, DomId, FrameNo, FrameStore, GrantError, HomeId, HomeSpec, LocalBackend,

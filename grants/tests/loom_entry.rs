@@ -1,6 +1,7 @@
 //! One grant entry under every order of the granter's and the hypervisor's steps. Runs with
 //! `RUSTFLAGS="--cfg loom" cargo test -p copage-grants --test loom_entry --release`; otherwise this
 //! file is empty. What it cannot show: that the hypervisor does what `Entry::map` does.
+#![allow(clippy::unwrap_used, clippy::panic)] // Tests.
 #![cfg(loom)]
 
 use copage_grants::entry::Entry;

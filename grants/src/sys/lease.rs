@@ -23,9 +23,9 @@ pub enum LeaseKind {
 impl LeaseKind {
     fn raw(self) -> libc::c_int {
         match self {
-            Self::Read => libc::F_RDLCK.into(),
-            Self::Write => libc::F_WRLCK.into(),
-            Self::None => libc::F_UNLCK.into(),
+            Self::Read => libc::F_RDLCK,
+            Self::Write => libc::F_WRLCK,
+            Self::None => libc::F_UNLCK,
         }
     }
 }
@@ -50,9 +50,9 @@ pub fn set_lease(fd: impl AsFd, kind: LeaseKind) -> io::Result<()> {
 pub fn lease(fd: impl AsFd) -> io::Result<LeaseKind> {
     // SAFETY: F_GETLEASE takes no argument; the descriptor is open for the length of the borrow.
     let raw = checked(unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), libc::F_GETLEASE) })?;
-    Ok(if raw == libc::c_int::from(libc::F_RDLCK) {
+    Ok(if raw == libc::F_RDLCK {
         LeaseKind::Read
-    } else if raw == libc::c_int::from(libc::F_WRLCK) {
+    } else if raw == libc::F_WRLCK {
         LeaseKind::Write
     } else {
         LeaseKind::None
