@@ -10,5 +10,6 @@
 mod admin;
 mod files;
 mod hostile;
+mod recalls;
 mod sessions;
 mod support;
