@@ -61,7 +61,11 @@ impl Cache {
 
     fn is_hopeless(&self, waiter: &Waiter, round: u32) -> bool {
         let patience_ms = 2 * u64::from(self.config.recall_deadline_ms);
-        if self.force { round == ROOM_TRIES } else { now_ms() > waiter.since_ms + patience_ms }
+        if self.force {
+            round == ROOM_TRIES
+        } else {
+            now_ms() > waiter.since_ms + patience_ms
+        }
     }
 
     fn step(&self, file: &Arc<CachedFile>, inner: &mut Inner, waiter: Waiter, issue: bool) -> Step {
@@ -73,19 +77,24 @@ impl Cache {
             return Step::Wait(waiter);
         }
         match waiter.kind.clone() {
-            WaitKind::Open { how, node } => {
-                self.step_open(file, inner, waiter, how, node.export)
-            }
-            WaitKind::Fault { generation, first, count, window } => {
+            WaitKind::Open { how, node } => self.step_open(file, inner, waiter, how, node.export),
+            WaitKind::Fault {
+                generation,
+                first,
+                count,
+                window,
+            } => {
                 let range = (first, count, window);
                 self.step_fault(file, inner, waiter, generation, range, issue)
             }
             WaitKind::Read { offset, len } => {
                 self.step_read(file, inner, waiter, offset, len, issue)
             }
-            WaitKind::Pin { generation, cursor, tries } => {
-                self.step_pin(file, inner, waiter, (generation, cursor, tries), issue)
-            }
+            WaitKind::Pin {
+                generation,
+                cursor,
+                tries,
+            } => self.step_pin(file, inner, waiter, (generation, cursor, tries), issue),
         }
     }
 
@@ -108,7 +117,11 @@ impl Cache {
         }
         inner.add_open(waiter.who, export, how);
         let generation = inner.state.generation;
-        waiter.kind = WaitKind::Pin { generation, cursor: 0, tries: 0 };
+        waiter.kind = WaitKind::Pin {
+            generation,
+            cursor: 0,
+            tries: 0,
+        };
         self.step(file, inner, waiter, true)
     }
 
@@ -128,7 +141,10 @@ impl Cache {
         }
         let state = inner.state;
         let Some(home) = inner.live.as_ref().filter(|h| h.generation == generation) else {
-            self.events.send(CacheEvent::Faulted { ticket, result: Ok(FaultDone::Stale(state)) });
+            self.events.send(CacheEvent::Faulted {
+                ticket,
+                result: Ok(FaultDone::Stale(state)),
+            });
             return Step::Done;
         };
         if u64::from(first) >= home.pages() {
@@ -139,17 +155,27 @@ impl Cache {
             waiter.issued = true;
             self.issue(file, inner, first, first + window);
         }
-        if inner.flights.iter().any(|f| f.overlaps(generation, first, first + count)) {
+        if inner
+            .flights
+            .iter()
+            .any(|f| f.overlaps(generation, first, first + count))
+        {
             return Step::Wait(waiter);
         }
-        let Some(home) = inner.live.as_ref() else { return Step::Wait(waiter) };
+        let Some(home) = inner.live.as_ref() else {
+            return Step::Wait(waiter);
+        };
         home.index.get_run(first, window, &mut inner.scratch.0);
         if inner.scratch.0.is_empty() {
             return self.again(file, inner, waiter, (first, first + count), issue);
         }
         let count = inner.scratch.0.len() as u32;
         let result = match self.grant_scratch(inner, waiter.who) {
-            Ok(()) => Ok(FaultDone::Granted { generation, first: PageIndex(first.into()), count }),
+            Ok(()) => Ok(FaultDone::Granted {
+                generation,
+                first: PageIndex(first.into()),
+                count,
+            }),
             Err(NoGrant::Room(e)) => return Step::Room(waiter, count, e),
             Err(NoGrant::Failed(e)) => Err(e),
         };
@@ -191,14 +217,26 @@ impl Cache {
         let generation = inner.state.generation;
         let end = (offset + u64::from(len)).min(inner.state.bytes);
         if offset >= end {
-            self.events.send(CacheEvent::Read { ticket: waiter.ticket, result: Ok(Vec::new()) });
+            self.events.send(CacheEvent::Read {
+                ticket: waiter.ticket,
+                result: Ok(Vec::new()),
+            });
             return Step::Done;
         }
         let first = (offset / PAGE_SIZE_U64) as u32;
         let last = end.div_ceil(PAGE_SIZE_U64) as u32;
-        let Some(home) = inner.live.as_ref() else { return Step::Wait(waiter) };
-        if !home.index.get_run(first, last - first, &mut inner.scratch.0) {
-            if inner.flights.iter().any(|f| f.overlaps(generation, first, last)) {
+        let Some(home) = inner.live.as_ref() else {
+            return Step::Wait(waiter);
+        };
+        if !home
+            .index
+            .get_run(first, last - first, &mut inner.scratch.0)
+        {
+            if inner
+                .flights
+                .iter()
+                .any(|f| f.overlaps(generation, first, last))
+            {
                 return Step::Wait(waiter);
             }
             return self.again(file, inner, waiter, (first, last), issue);
@@ -208,7 +246,10 @@ impl Cache {
         let mut page = [0; PAGE_SIZE];
         for (n, frame) in inner.scratch.0.iter().enumerate() {
             let number = u64::from(first) + n as u64;
-            if let Err(e) = self.backend.load(home.id, PageIndex(number), *frame, &mut page) {
+            if let Err(e) = self
+                .backend
+                .load(home.id, PageIndex(number), *frame, &mut page)
+            {
                 self.answer_error(&waiter, e.into());
                 return Step::Done;
             }
@@ -221,7 +262,10 @@ impl Cache {
         for frame in &inner.scratch.0 {
             frames.used_once(*frame);
         }
-        self.events.send(CacheEvent::Read { ticket: waiter.ticket, result: Ok(bytes) });
+        self.events.send(CacheEvent::Read {
+            ticket: waiter.ticket,
+            result: Ok(bytes),
+        });
         Step::Done
     }
 
@@ -246,18 +290,32 @@ impl Cache {
                 self.answer_error(&waiter, e);
                 return Step::Done;
             }
-            waiter.kind = WaitKind::Pin { generation: newest, cursor: 0, tries: tries + 1 };
+            waiter.kind = WaitKind::Pin {
+                generation: newest,
+                cursor: 0,
+                tries: tries + 1,
+            };
             return self.step(file, inner, waiter, issue);
         }
-        let Some(home) = inner.live.as_mut() else { return Step::Wait(waiter) };
+        let Some(home) = inner.live.as_mut() else {
+            return Step::Wait(waiter);
+        };
         let pages = home.pages() as u32;
         while cursor < pages && home.index.get(cursor).is_some() {
             cursor += 1;
         }
-        waiter.kind = WaitKind::Pin { generation, cursor, tries };
+        waiter.kind = WaitKind::Pin {
+            generation,
+            cursor,
+            tries,
+        };
         if cursor < pages {
             let end = ((cursor / HUGE_PAGES + 1) * HUGE_PAGES).min(pages);
-            if inner.flights.iter().any(|f| f.overlaps(generation, cursor, end)) {
+            if inner
+                .flights
+                .iter()
+                .any(|f| f.overlaps(generation, cursor, end))
+            {
                 return Step::Wait(waiter);
             }
             return self.again(file, inner, waiter, (cursor, end), issue);
@@ -281,7 +339,9 @@ impl Cache {
 
     /// Asks for fills of the pages of `first..end` that are neither there nor under way.
     pub(crate) fn issue(&self, file: &Arc<CachedFile>, inner: &mut Inner, first: u32, end: u32) {
-        let Some(home) = inner.live.as_ref() else { return };
+        let Some(home) = inner.live.as_ref() else {
+            return;
+        };
         let generation = home.generation;
         let end = end.min(home.pages() as u32);
         let mut at = first;
@@ -290,7 +350,11 @@ impl Cache {
                 at += 1;
                 continue;
             }
-            if let Some(f) = inner.flights.iter().find(|f| f.overlaps(generation, at, at + 1)) {
+            if let Some(f) = inner
+                .flights
+                .iter()
+                .find(|f| f.overlaps(generation, at, at + 1))
+            {
                 at = f.end();
                 continue;
             }
@@ -298,11 +362,18 @@ impl Cache {
             while stop < end
                 && stop - at < FILL_PAGES_MAX
                 && home.index.get(stop).is_none()
-                && !inner.flights.iter().any(|f| f.overlaps(generation, stop, stop + 1))
+                && !inner
+                    .flights
+                    .iter()
+                    .any(|f| f.overlaps(generation, stop, stop + 1))
             {
                 stop += 1;
             }
-            let flight = Flight { generation, first: at, count: stop - at };
+            let flight = Flight {
+                generation,
+                first: at,
+                count: stop - at,
+            };
             inner.flights.push(flight);
             self.push_job(Job::Fill(file.clone(), flight));
             at = stop;
@@ -310,12 +381,25 @@ impl Cache {
     }
 
     fn answer_open(&self, file: &Arc<CachedFile>, inner: &Inner, waiter: &Waiter, how: OpenHow) {
-        let done = OpenDone { file: file.clone(), state: inner.state, how };
-        self.events.send(CacheEvent::Opened { ticket: waiter.ticket, result: Ok(done) });
+        let done = OpenDone {
+            file: file.clone(),
+            state: inner.state,
+            how,
+        };
+        self.events.send(CacheEvent::Opened {
+            ticket: waiter.ticket,
+            result: Ok(done),
+        });
     }
 
     /// Ends a waiter with an error; a pinned open is undone.
-    pub(crate) fn fail(&self, file: &Arc<CachedFile>, inner: &mut Inner, waiter: Waiter, e: CacheError) {
+    pub(crate) fn fail(
+        &self,
+        file: &Arc<CachedFile>,
+        inner: &mut Inner,
+        waiter: Waiter,
+        e: CacheError,
+    ) {
         if let WaitKind::Pin { generation, .. } = waiter.kind {
             self.unpin(file, inner, waiter.who.dom, generation);
             inner.drop_open(waiter.who, OpenHow::Pin);
@@ -327,11 +411,18 @@ impl Cache {
     pub(crate) fn answer_error(&self, waiter: &Waiter, error: CacheError) {
         let ticket = waiter.ticket;
         self.events.send(match waiter.kind {
-            WaitKind::Open { .. } | WaitKind::Pin { .. } => {
-                CacheEvent::Opened { ticket, result: Err(error) }
-            }
-            WaitKind::Fault { .. } => CacheEvent::Faulted { ticket, result: Err(error) },
-            WaitKind::Read { .. } => CacheEvent::Read { ticket, result: Err(error) },
+            WaitKind::Open { .. } | WaitKind::Pin { .. } => CacheEvent::Opened {
+                ticket,
+                result: Err(error),
+            },
+            WaitKind::Fault { .. } => CacheEvent::Faulted {
+                ticket,
+                result: Err(error),
+            },
+            WaitKind::Read { .. } => CacheEvent::Read {
+                ticket,
+                result: Err(error),
+            },
         });
     }
 

@@ -22,7 +22,10 @@ impl Cache {
     /// frame table's, so what is found is a difference and not a change seen half way; fills go on
     /// meanwhile.
     pub fn audit(&self) -> AuditReport {
-        let mut report = AuditReport { ledger: self.backend.audit(), ..AuditReport::default() };
+        let mut report = AuditReport {
+            ledger: self.backend.audit(),
+            ..AuditReport::default()
+        };
         let mut seen = HashSet::new();
         let mut exact = true;
         for file in self.all_files() {
@@ -49,7 +52,10 @@ impl Cache {
         }
         // Only when nothing moved: files were looked at one after the other.
         if exact && table.count(FrameState::Filling) == 0 && seen.len() as u32 != resident {
-            report.differs(format!("{resident} frames hold pages, {} are in indexes", seen.len()));
+            report.differs(format!(
+                "{resident} frames hold pages, {} are in indexes",
+                seen.len()
+            ));
         }
         report
     }
@@ -78,10 +84,15 @@ impl Cache {
                 let table = self.frames.lock();
                 for (page, frame) in &pages {
                     if !seen.insert(*frame) {
-                        report.differs(format!("{frame:?} is in two places, one is file {id} page {page}"));
+                        report.differs(format!(
+                            "{frame:?} is in two places, one is file {id} page {page}"
+                        ));
                     }
                     if table.place(*frame) != (home.slot, *page) {
-                        report.differs(format!("{frame:?} of file {id} page {page} says {:?}", table.place(*frame)));
+                        report.differs(format!(
+                            "{frame:?} of file {id} page {page} says {:?}",
+                            table.place(*frame)
+                        ));
                     }
                     self.audit_state(&table, home, is_live, *page, *frame, report);
                 }
@@ -93,7 +104,9 @@ impl Cache {
                 report.grants += holders.len() as u64;
                 for dom in holders.iter().filter(|_| is_live) {
                     if !open.contains(dom) {
-                        report.differs(format!("{dom} holds page {page} of file {id}, which it does not have open"));
+                        report.differs(format!(
+                            "{dom} holds page {page} of file {id}, which it does not have open"
+                        ));
                     }
                 }
             }
@@ -125,24 +138,39 @@ impl Cache {
             FrameState::Small | FrameState::Main => !granted,
         };
         if !good || is_live && home.holds_frames() && state != FrameState::Held {
-            report.differs(format!("{frame:?} (page {page}) is {state:?}, granted: {granted}"));
+            report.differs(format!(
+                "{frame:?} (page {page}) is {state:?}, granted: {granted}"
+            ));
         }
     }
 
     /// What the backend holds for the home, against the index.
-    fn audit_present(&self, home: &Home, pages: &[(u32, FrameNo)], id: u64, report: &mut AuditReport) {
+    fn audit_present(
+        &self,
+        home: &Home,
+        pages: &[(u32, FrameNo)],
+        id: u64,
+        report: &mut AuditReport,
+    ) {
         let present = match self.backend.present_pages(home.id) {
             Ok(present) => present,
             Err(e) => return report.differs(format!("file {id}: {e}")),
         };
-        let held: HashSet<u64> =
-            present.iter().flat_map(|(first, count)| first.0..first.0 + count).collect();
-        let indexed: HashMap<u64, FrameNo> = pages.iter().map(|(p, f)| (u64::from(*p), *f)).collect();
+        let held: HashSet<u64> = present
+            .iter()
+            .flat_map(|(first, count)| first.0..first.0 + count)
+            .collect();
+        let indexed: HashMap<u64, FrameNo> =
+            pages.iter().map(|(p, f)| (u64::from(*p), *f)).collect();
         for page in held.iter().filter(|p| !indexed.contains_key(p)) {
-            report.differs(format!("file {id} page {page} is in its home but in no frame"));
+            report.differs(format!(
+                "file {id} page {page} is in its home but in no frame"
+            ));
         }
         for page in indexed.keys().filter(|p| !held.contains(p)) {
-            report.differs(format!("file {id} page {page} has a frame but its home holds nothing there"));
+            report.differs(format!(
+                "file {id} page {page} has a frame but its home holds nothing there"
+            ));
         }
     }
 
@@ -150,9 +178,14 @@ impl Cache {
     fn audit_tail(&self, home: &Home, id: u64, report: &mut AuditReport) {
         let tail = (home.bytes % PAGE_SIZE_U64) as usize;
         let last = home.bytes / PAGE_SIZE_U64;
-        let Some(frame) = home.index.get(last as u32).filter(|_| tail > 0) else { return };
+        let Some(frame) = home.index.get(last as u32).filter(|_| tail > 0) else {
+            return;
+        };
         let mut page = [0; PAGE_SIZE];
-        match self.backend.load(home.id, PageIndex(last), frame, &mut page) {
+        match self
+            .backend
+            .load(home.id, PageIndex(last), frame, &mut page)
+        {
             Ok(()) if page[tail..].iter().all(|b| *b == 0) => report.tails += 1,
             Ok(()) => report.differs(format!("file {id}: bytes past its end are not zero")),
             Err(e) => report.differs(format!("file {id}: {e}")),

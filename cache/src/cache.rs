@@ -98,18 +98,24 @@ impl Cache {
         });
         for n in 0..META_THREADS {
             let weak = cache.me.clone();
-            cache.meta_pool.spawn(format!("meta-{n}"), move |(ticket, op)| {
-                let Some(cache) = weak.upgrade() else { return false };
-                let result = cache.run_meta(op);
-                cache.events.send(CacheEvent::Meta { ticket, result });
-                true
-            })?;
+            cache
+                .meta_pool
+                .spawn(format!("meta-{n}"), move |(ticket, op)| {
+                    let Some(cache) = weak.upgrade() else {
+                        return false;
+                    };
+                    let result = cache.run_meta(op);
+                    cache.events.send(CacheEvent::Meta { ticket, result });
+                    true
+                })?;
         }
         for n in 0..cache.config.fill_threads {
             let weak = cache.me.clone();
             let mut buffer = Buffer::new();
             cache.fill_pool.spawn(format!("fill-{n}"), move |job| {
-                let Some(cache) = weak.upgrade() else { return false };
+                let Some(cache) = weak.upgrade() else {
+                    return false;
+                };
                 cache.run_job(job, &mut buffer);
                 true
             })?;
@@ -150,7 +156,11 @@ impl Cache {
             self.end_opens(file, &mut inner, entry.who, false);
             let who = entry.who;
             let file = file.clone();
-            self.events.send(CacheEvent::Withdrawn { file, dom: who.dom, guest: who.guest });
+            self.events.send(CacheEvent::Withdrawn {
+                file,
+                dom: who.dom,
+                guest: who.guest,
+            });
         }
         if inner.opens.is_empty() {
             self.bury(file, &mut inner, now_ms);
@@ -169,7 +179,11 @@ impl Cache {
     }
 
     /// A new read-only descriptor of the home of `generation`, if that is the newest or is pinned.
-    pub fn descriptor(&self, file: &Arc<CachedFile>, generation: u32) -> Result<OwnedFd, CacheError> {
+    pub fn descriptor(
+        &self,
+        file: &Arc<CachedFile>,
+        generation: u32,
+    ) -> Result<OwnedFd, CacheError> {
         let mut inner = file.inner.lock();
         let newest = inner.state.generation == generation;
         let home = inner
@@ -194,8 +208,12 @@ impl Cache {
 
     /// Every file known, retired ones too.
     pub(crate) fn all_files(&self) -> Vec<Arc<CachedFile>> {
-        let mut files: HashMap<_, _> =
-            self.files.lock().values().map(|f| (f.id, f.clone())).collect();
+        let mut files: HashMap<_, _> = self
+            .files
+            .lock()
+            .values()
+            .map(|f| (f.id, f.clone()))
+            .collect();
         files.extend(self.attention.lock().iter().map(|(id, f)| (*id, f.clone())));
         files.into_values().collect()
     }
@@ -205,7 +223,10 @@ impl Cache {
     }
 
     pub(crate) fn new_version(&self) -> Version {
-        Version::new(self.config.epoch, self.next_version.fetch_add(1, Ordering::Relaxed))
+        Version::new(
+            self.config.epoch,
+            self.next_version.fetch_add(1, Ordering::Relaxed),
+        )
     }
 
     pub(crate) fn new_idle_seq(&self) -> u64 {

@@ -49,13 +49,17 @@ impl Default for CacheConfig {
 impl CacheConfig {
     pub(crate) fn check(&self) -> Result<(), CacheError> {
         if !(FRAMES_MIN..=FRAMES_MAX).contains(&self.frames_max) {
-            return Err(CacheError::BudgetOutOfBounds { min: FRAMES_MIN, max: FRAMES_MAX });
+            return Err(CacheError::BudgetOutOfBounds {
+                min: FRAMES_MIN,
+                max: FRAMES_MAX,
+            });
         }
         let bad = |text: String| Err(CacheError::BadConfig(text));
         if !(1..=FILL_THREADS_MAX).contains(&self.fill_threads) {
             return bad(format!("fill_threads must be 1 to {FILL_THREADS_MAX}"));
         }
-        if !self.readahead_pages_max.is_power_of_two() || self.readahead_pages_max > FILL_PAGES_MAX {
+        if !self.readahead_pages_max.is_power_of_two() || self.readahead_pages_max > FILL_PAGES_MAX
+        {
             return bad(format!(
                 "readahead_pages_max must be a power of two up to {FILL_PAGES_MAX}"
             ));
@@ -92,7 +96,11 @@ pub struct GuestLimits {
 impl Default for GuestLimits {
     /// 1 GiB of grants, 256 MiB pinned, frames as many as there are.
     fn default() -> Self {
-        Self { frames_max: u64::MAX, grants_max: 262_144, pinned_pages_max: 65_536 }
+        Self {
+            frames_max: u64::MAX,
+            grants_max: 262_144,
+            pinned_pages_max: 65_536,
+        }
     }
 }
 
@@ -126,7 +134,10 @@ impl ExportSpec {
             if label.is_empty() || label.len() > LABEL_BYTES_MAX {
                 return Err("names of exports and groups have 1 to 64 bytes");
             }
-            if label.bytes().any(|b| b == 0 || b == b'/' || b.is_ascii_control()) {
+            if label
+                .bytes()
+                .any(|b| b == 0 || b == b'/' || b.is_ascii_control())
+            {
                 return Err("names of exports and groups have no '/' and no control characters");
             }
         }

@@ -161,7 +161,10 @@ impl CacheError {
     }
 
     pub(crate) fn io(what: &'static str, errno: rustix::io::Errno) -> Self {
-        Self::Io { what, errno: errno.raw_os_error() }
+        Self::Io {
+            what,
+            errno: errno.raw_os_error(),
+        }
     }
 }
 

@@ -40,7 +40,10 @@ impl Exports {
         if !spec.path.is_absolute() {
             return Err(bad(&spec, "the path must be absolute".into()));
         }
-        let real = spec.path.canonicalize().map_err(|e| bad(&spec, e.to_string()))?;
+        let real = spec
+            .path
+            .canonicalize()
+            .map_err(|e| bad(&spec, e.to_string()))?;
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let fd = rustix::fs::open(&real, flags, Mode::empty())
             .map_err(|e| bad(&spec, std::io::Error::from(e).to_string()))?;
@@ -66,24 +69,43 @@ impl Exports {
         }
         registry.next += 1;
         let groups = registry.groups.len() as u32;
-        let group = *registry.groups.entry(spec.group.as_str().into()).or_insert(groups);
+        let group = *registry
+            .groups
+            .entry(spec.group.as_str().into())
+            .or_insert(groups);
         spec.path = real;
         registry.live.insert(id, Export { spec, group, root });
         Ok(id)
     }
 
     pub(crate) fn remove(&self, id: ExportId) -> Result<(), CacheError> {
-        self.registry.write().live.remove(&id).map(drop).ok_or(CacheError::NoSuchExport)
+        self.registry
+            .write()
+            .live
+            .remove(&id)
+            .map(drop)
+            .ok_or(CacheError::NoSuchExport)
     }
 
     pub(crate) fn list(&self) -> Vec<ExportInfo> {
         let registry = self.registry.read();
-        registry.live.iter().map(|(id, e)| ExportInfo { id: *id, spec: e.spec.clone() }).collect()
+        registry
+            .live
+            .iter()
+            .map(|(id, e)| ExportInfo {
+                id: *id,
+                spec: e.spec.clone(),
+            })
+            .collect()
     }
 
     pub(crate) fn root(&self, id: ExportId) -> Result<NodeRef, CacheError> {
         let registry = self.registry.read();
-        registry.live.get(&id).map(|e| e.root.clone()).ok_or(CacheError::NoSuchExport)
+        registry
+            .live
+            .get(&id)
+            .map(|e| e.root.clone())
+            .ok_or(CacheError::NoSuchExport)
     }
 
     pub(crate) fn check_live(&self, id: ExportId) -> Result<(), CacheError> {
@@ -92,6 +114,11 @@ impl Exports {
 
     /// The number of the export's share group.
     pub(crate) fn group(&self, id: ExportId) -> Result<u32, CacheError> {
-        self.registry.read().live.get(&id).map(|e| e.group).ok_or(CacheError::Withdrawn)
+        self.registry
+            .read()
+            .live
+            .get(&id)
+            .map(|e| e.group)
+            .ok_or(CacheError::Withdrawn)
     }
 }

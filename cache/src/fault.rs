@@ -5,9 +5,12 @@ use crate::config::Holder;
 use crate::error::CacheError;
 use crate::events::{FaultDone, FaultHint, FaultOutcome};
 use crate::file::{CachedFile, Inner, WaitKind, Waiter};
-use crate::limits::{FAULT_PAGES_MAX, FILE_WAITERS_MAX, FILL_PAGES_MAX, HUGE_PAGES, READAHEAD_DIVISOR, READ_BYTES_MAX};
-use copage_grants::{Access, GrantError, PageIndex, pages_for};
 use crate::fill::Job;
+use crate::limits::{
+    FAULT_PAGES_MAX, FILE_WAITERS_MAX, FILL_PAGES_MAX, HUGE_PAGES, READ_BYTES_MAX,
+    READAHEAD_DIVISOR,
+};
+use copage_grants::{Access, GrantError, PageIndex, pages_for};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -35,7 +38,9 @@ impl Cache {
         hint: FaultHint,
     ) -> FaultOutcome {
         if count == 0 || count > FAULT_PAGES_MAX {
-            return FaultOutcome::Ready(Err(CacheError::BadRange("a fault asks for 1 to 512 pages")));
+            return FaultOutcome::Ready(Err(CacheError::BadRange(
+                "a fault asks for 1 to 512 pages",
+            )));
         }
         let mut inner = file.inner.lock();
         let mut room_made = false;
@@ -58,10 +63,23 @@ impl Cache {
         }
         self.counters.fault_misses.fetch_add(1, Relaxed);
         let first = first.0 as u32;
-        let count = count.min((pages_for(inner.state.bytes) as u32).saturating_sub(first)).max(1);
+        let count = count
+            .min((pages_for(inner.state.bytes) as u32).saturating_sub(first))
+            .max(1);
         let window = self.window(&mut inner, first, count, hint);
-        let kind = WaitKind::Fault { generation, first, count, window };
-        inner.waiters.push(Waiter { ticket, who, kind, since_ms: now_ms(), issued: false });
+        let kind = WaitKind::Fault {
+            generation,
+            first,
+            count,
+            window,
+        };
+        inner.waiters.push(Waiter {
+            ticket,
+            who,
+            kind,
+            since_ms: now_ms(),
+            issued: false,
+        });
         self.look_at(file, &inner);
         drop(inner);
         self.advance(file, true);
@@ -91,7 +109,9 @@ impl Cache {
         let state = inner.state;
         let Some(home) = inner.live.as_ref() else {
             if first.0 > u64::from(u32::MAX) {
-                return Err(NoGrant::Failed(CacheError::BadRange("past the end of the file")));
+                return Err(NoGrant::Failed(CacheError::BadRange(
+                    "past the end of the file",
+                )));
             }
             return Ok(None);
         };
@@ -100,7 +120,9 @@ impl Cache {
             return Ok(Some(FaultDone::Stale(state)));
         }
         if first.0 >= pages {
-            return Err(NoGrant::Failed(CacheError::BadRange("past the end of the file")));
+            return Err(NoGrant::Failed(CacheError::BadRange(
+                "past the end of the file",
+            )));
         }
         let page = first.0 as u32;
         let count = count.min((pages - first.0) as u32);
@@ -112,7 +134,11 @@ impl Cache {
             inner.sequence = (first.0 + u64::from(count), inner.sequence.1.max(count));
         }
         self.counters.fault_hits.fetch_add(1, Relaxed);
-        Ok(Some(FaultDone::Granted { generation, first, count }))
+        Ok(Some(FaultDone::Granted {
+            generation,
+            first,
+            count,
+        }))
     }
 
     /// Grants the frames in `inner.scratch` to `who`. The file's lock is held, so that none of them is
@@ -172,7 +198,13 @@ impl Cache {
     /// Copies up to `len` bytes (at most 128 KiB) from `offset`; [`crate::CacheEvent::Read`] answers.
     pub fn read(&self, ticket: u64, file: &Arc<CachedFile>, who: Holder, offset: u64, len: u32) {
         let kind = WaitKind::Read { offset, len };
-        let waiter = Waiter { ticket, who, kind, since_ms: now_ms(), issued: false };
+        let waiter = Waiter {
+            ticket,
+            who,
+            kind,
+            since_ms: now_ms(),
+            issued: false,
+        };
         if len > READ_BYTES_MAX || offset.checked_add(len.into()).is_none() {
             let e = CacheError::BadRange("a read has at most 128 KiB and ends in the file");
             return self.answer_error(&waiter, e);

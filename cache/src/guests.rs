@@ -45,8 +45,13 @@ impl Cache {
             return table.ungranted(frame);
         }
         let guests = self.guests.lock();
-        let named: Vec<GuestId> = holders.iter().filter_map(|d| guests.get(d).copied()).collect();
-        if table.owner(frame).is_none_or(|owner| !named.contains(&owner))
+        let named: Vec<GuestId> = holders
+            .iter()
+            .filter_map(|d| guests.get(d).copied())
+            .collect();
+        if table
+            .owner(frame)
+            .is_none_or(|owner| !named.contains(&owner))
             && let Some(next) = named.first()
         {
             table.charge_to(frame, *next);
@@ -88,7 +93,13 @@ impl Cache {
 
     /// Ends all that a domain has of a file but its opens, which the caller has taken away. `said`:
     /// the domain itself says that it unmapped everything.
-    pub(crate) fn end_opens(&self, file: &Arc<CachedFile>, inner: &mut Inner, who: Holder, said: bool) {
+    pub(crate) fn end_opens(
+        &self,
+        file: &Arc<CachedFile>,
+        inner: &mut Inner,
+        who: Holder,
+        said: bool,
+    ) {
         for waiter in std::mem::take(&mut inner.waiters) {
             if waiter.who.dom == who.dom {
                 self.fail(file, inner, waiter, CacheError::SessionEnded);
@@ -101,7 +112,12 @@ impl Cache {
             .old
             .iter()
             .chain(&inner.live)
-            .map(|h| (h.generation, h.pinners.iter().filter(|d| **d == who.dom).count()))
+            .map(|h| {
+                (
+                    h.generation,
+                    h.pinners.iter().filter(|d| **d == who.dom).count(),
+                )
+            })
             .collect();
         for (generation, count) in pinned {
             for _ in 0..count {
@@ -152,7 +168,11 @@ impl Cache {
             inner.opens.retain(|e| e.who.dom != who.dom);
             inner.lingering.retain(|d| *d != who.dom);
             let waits = inner.waiters.iter().any(|w| w.who.dom == who.dom);
-            let pins = inner.old.iter().chain(&inner.live).any(|h| h.pinners.contains(&who.dom));
+            let pins = inner
+                .old
+                .iter()
+                .chain(&inner.live)
+                .any(|h| h.pinners.contains(&who.dom));
             if waits || pins {
                 // Nothing is to be revoked one by one: all goes below.
                 let kept = std::mem::take(&mut inner.lingering);
@@ -206,9 +226,13 @@ impl Cache {
     }
 
     fn frames_in(home: &Home, first: PageIndex, count: u32) -> Vec<(u32, FrameNo)> {
-        let Ok(first) = u32::try_from(first.0) else { return Vec::new() };
+        let Ok(first) = u32::try_from(first.0) else {
+            return Vec::new();
+        };
         let end = u64::from(first.saturating_add(count)).min(home.pages()) as u32;
-        (first..end).filter_map(|p| Some((p, home.index.get(p)?))).collect()
+        (first..end)
+            .filter_map(|p| Some((p, home.index.get(p)?)))
+            .collect()
     }
 
     /// The guest says that it unmapped pages: its grants of them end, where the table agrees.
@@ -221,9 +245,13 @@ impl Cache {
         count: u32,
     ) {
         let mut inner = file.inner.lock();
-        let Some(home) = inner.home_of(generation) else { return };
-        let frames: Vec<_> =
-            Self::frames_in(home, first, count).into_iter().map(|(_, f)| f).collect();
+        let Some(home) = inner.home_of(generation) else {
+            return;
+        };
+        let frames: Vec<_> = Self::frames_in(home, first, count)
+            .into_iter()
+            .map(|(_, f)| f)
+            .collect();
         self.backend.note_unmapped(who.dom, &frames);
         self.revoke_from(who.dom, &frames);
     }
@@ -268,7 +296,11 @@ impl Cache {
             let idle = |f| [FrameState::Main, FrameState::Small].contains(&table.state(f));
             let ours = |f| asked && idle(f) || table.state(f) == FrameState::Recalling;
             let none = |f| self.backend.holder_count(f) == 0;
-            pages.iter().copied().filter(|(_, f)| ours(*f) && none(*f)).collect()
+            pages
+                .iter()
+                .copied()
+                .filter(|(_, f)| ours(*f) && none(*f))
+                .collect()
         };
         home.recalling = home.recalling.saturating_sub(pages.len() as u32);
         let id = home.id;
@@ -292,7 +324,11 @@ impl Cache {
         let recalled: Vec<_> = {
             let table = self.frames.lock();
             let is = |f| table.state(f) == FrameState::Recalling;
-            home.index.pages().into_iter().filter(|(_, f)| is(*f)).collect()
+            home.index
+                .pages()
+                .into_iter()
+                .filter(|(_, f)| is(*f))
+                .collect()
         };
         home.recalling = recalled.len() as u32;
         let mut holders = Vec::new();
@@ -300,7 +336,9 @@ impl Cache {
             self.revoke_all(*frame, false, &mut holders);
         }
         self.take_recalled(file, home, &recalled);
-        home.recalling =
-            recalled.iter().filter(|(p, f)| home.index.get(*p) == Some(*f)).count() as u32;
+        home.recalling = recalled
+            .iter()
+            .filter(|(p, f)| home.index.get(*p) == Some(*f))
+            .count() as u32;
     }
 }

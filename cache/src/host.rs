@@ -11,8 +11,8 @@ use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
 use std::collections::HashMap;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::sync::{Arc, Weak};
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Weak};
 
 /// Bytes of inotify events read in one call: an event of a watched file has 16.
 const EVENT_BYTES: usize = 4096;
@@ -28,7 +28,10 @@ impl Watches {
     pub(crate) fn new() -> Result<Self, CacheError> {
         let fd = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)
             .map_err(|e| CacheError::io("inotify_init1", e))?;
-        Ok(Self { fd, files: Mutex::default() })
+        Ok(Self {
+            fd,
+            files: Mutex::default(),
+        })
     }
 
     /// `None` where no watch is to be had (fs.inotify.max_user_watches): leases and comparing remain.
@@ -42,7 +45,9 @@ impl Watches {
 
     pub(crate) fn remove(&self, watch: i32, file: &Arc<CachedFile>) {
         let mut files = self.files.lock();
-        let Some(list) = files.get_mut(&watch) else { return };
+        let Some(list) = files.get_mut(&watch) else {
+            return;
+        };
         list.retain(|f| !std::ptr::eq(f.as_ptr(), Arc::as_ptr(file)) && f.strong_count() > 0);
         if list.is_empty() {
             files.remove(&watch);
@@ -53,11 +58,21 @@ impl Watches {
 
     fn files(&self, watch: i32) -> Vec<Arc<CachedFile>> {
         let files = self.files.lock();
-        files.get(&watch).into_iter().flatten().filter_map(Weak::upgrade).collect()
+        files
+            .get(&watch)
+            .into_iter()
+            .flatten()
+            .filter_map(Weak::upgrade)
+            .collect()
     }
 
     fn all(&self) -> Vec<Arc<CachedFile>> {
-        self.files.lock().values().flatten().filter_map(Weak::upgrade).collect()
+        self.files
+            .lock()
+            .values()
+            .flatten()
+            .filter_map(Weak::upgrade)
+            .collect()
     }
 }
 
@@ -78,7 +93,10 @@ impl Cache {
             *touched.entry(event.wd()).or_insert(ReadFlags::empty()) |= event.events();
         }
         if overflow {
-            self.watches.all().iter().for_each(|file| self.look_at_host(file, false));
+            self.watches
+                .all()
+                .iter()
+                .for_each(|file| self.look_at_host(file, false));
             return;
         }
         for (watch, events) in touched {
@@ -92,7 +110,8 @@ impl Cache {
         let mut inner = file.inner.lock();
         self.check_host(file, &mut inner);
         // Unlinked, and nobody has it open: nobody can ask for it again.
-        if links_changed && inner.is_idle() && file.read_cookie().is_ok_and(|(_, links)| links == 0) {
+        if links_changed && inner.is_idle() && file.read_cookie().is_ok_and(|(_, links)| links == 0)
+        {
             self.bury(file, &mut inner, now_ms());
         }
         let waiting = !inner.waiters.is_empty();
@@ -106,10 +125,13 @@ impl Cache {
     /// The kernel reports (by the configured signal, `si_fd`) that a host process wants to write a
     /// file whose read lease is carried by `fd`. Its pages are taken back; then its open goes on.
     pub fn lease_broken(&self, fd: RawFd) {
-        let Some(file) = self.leases.lock().get(&fd).and_then(Weak::upgrade) else { return };
+        let Some(file) = self.leases.lock().get(&fd).and_then(Weak::upgrade) else {
+            return;
+        };
         let mut inner = file.inner.lock();
         // The signal of another file that had the number before, or of a lease given up since.
-        if inner.lease != Lease::Held || sys::lease(file.data()).is_ok_and(|l| l == LeaseKind::Read) {
+        if inner.lease != Lease::Held || sys::lease(file.data()).is_ok_and(|l| l == LeaseKind::Read)
+        {
             return;
         }
         self.counters.leases_broken.fetch_add(1, Relaxed);
@@ -176,8 +198,8 @@ impl Cache {
         let number = fd.as_raw_fd();
         // Before the lease: its break may come at once.
         self.leases.lock().insert(number, Arc::downgrade(file));
-        let taken = sys::set_lease_signal(fd, signal)
-            .and_then(|()| sys::set_lease(fd, LeaseKind::Read));
+        let taken =
+            sys::set_lease_signal(fd, signal).and_then(|()| sys::set_lease(fd, LeaseKind::Read));
         match taken {
             Ok(()) => inner.lease = Lease::Held,
             Err(e) => {

@@ -1,9 +1,9 @@
 //! Operations on names and attributes: they may touch a disk, so they run on threads of their own.
 
 use crate::cache::Cache;
+use crate::config::ExportId;
 use crate::error::CacheError;
 use crate::events::CacheEvent;
-use crate::config::ExportId;
 use crate::tree::{Attr, Dir, NodeRef, StatFs};
 
 /// A metadata operation for [`Cache::submit`].
@@ -87,7 +87,10 @@ impl Cache {
     pub fn submit(&self, ticket: u64, op: MetaOp) {
         if self.meta_pool.push((ticket, op)).is_err() {
             let error = CacheError::Busy("for names and attributes");
-            self.events.send(CacheEvent::Meta { ticket, result: Err(error) });
+            self.events.send(CacheEvent::Meta {
+                ticket,
+                result: Err(error),
+            });
         }
     }
 
@@ -104,9 +107,12 @@ impl Cache {
             }
             MetaOp::Attr { node } => MetaReply::Attr(self.attr(&node)?),
             MetaOp::Readlink { node } => MetaReply::Bytes(self.readlink(&node)?),
-            MetaOp::Readdir { node, cookie, bytes_max, nodes } => {
-                MetaReply::Dir(self.readdir(&node, cookie, bytes_max, nodes)?)
-            }
+            MetaOp::Readdir {
+                node,
+                cookie,
+                bytes_max,
+                nodes,
+            } => MetaReply::Dir(self.readdir(&node, cookie, bytes_max, nodes)?),
             MetaOp::Getxattr { node, name } => MetaReply::Bytes(self.getxattr(&node, &name)?),
             MetaOp::Listxattr { node } => MetaReply::Bytes(self.listxattr(&node)?),
             MetaOp::Statfs { node } => MetaReply::StatFs(self.statfs(&node)?),

@@ -22,15 +22,38 @@ impl Cache {
         let grants_max = self.frames.lock().accounts.of(who.guest).limits.grants_max;
         self.backend.set_grants_max(who.dom, grants_max);
         self.guests.lock().insert(who.dom, who.guest);
-        if self.fill_pool.push(Job::Open { ticket, node, how, who, life }).is_err() {
-            self.events.send(CacheEvent::Opened { ticket, result: Err(CacheError::Stopped) });
+        if self
+            .fill_pool
+            .push(Job::Open {
+                ticket,
+                node,
+                how,
+                who,
+                life,
+            })
+            .is_err()
+        {
+            self.events.send(CacheEvent::Opened {
+                ticket,
+                result: Err(CacheError::Stopped),
+            });
         }
     }
 
-    pub(crate) fn run_open(&self, ticket: u64, node: NodeRef, how: OpenHow, who: Holder, life: u64) {
+    pub(crate) fn run_open(
+        &self,
+        ticket: u64,
+        node: NodeRef,
+        how: OpenHow,
+        who: Holder,
+        life: u64,
+    ) {
         match self.prepare_open(ticket, node, how, who, life) {
             Ok(file) => self.advance(&file, true),
-            Err(error) => self.events.send(CacheEvent::Opened { ticket, result: Err(error) }),
+            Err(error) => self.events.send(CacheEvent::Opened {
+                ticket,
+                result: Err(error),
+            }),
         }
     }
 
@@ -49,8 +72,17 @@ impl Cache {
         }
         loop {
             let group = self.exports.group(node.export)?;
-            let class = if how == OpenHow::Map { who.class } else { TrustClass::OWN };
-            let key = FileKey { group, class, dev: node.dev, ino: node.ino };
+            let class = if how == OpenHow::Map {
+                who.class
+            } else {
+                TrustClass::OWN
+            };
+            let key = FileKey {
+                group,
+                class,
+                dev: node.dev,
+                ino: node.ino,
+            };
             let file = self.file_of(key, &node)?;
             let mut inner = file.inner.lock();
             if inner.dead {
@@ -65,7 +97,13 @@ impl Cache {
                 return Err(CacheError::Busy("on this file"));
             }
             let kind = WaitKind::Open { how, node };
-            inner.waiters.push(Waiter { ticket, who, kind, since_ms: now_ms(), issued: false });
+            inner.waiters.push(Waiter {
+                ticket,
+                who,
+                kind,
+                since_ms: now_ms(),
+                issued: false,
+            });
             if inner.state.generation == 0 {
                 self.settle_now(&file, &mut inner);
             } else {
@@ -99,7 +137,12 @@ impl Cache {
         let _ = rustix::fs::fadvise(&data, 0, None, Advice::Random);
         let id = self.new_file_id();
         let fresh = Arc::new(CachedFile::new(id, key, node.clone(), data, direct.ok()));
-        let file = self.files.lock().entry(key).or_insert_with(|| fresh.clone()).clone();
+        let file = self
+            .files
+            .lock()
+            .entry(key)
+            .or_insert_with(|| fresh.clone())
+            .clone();
         if Arc::ptr_eq(&file, &fresh) {
             let mut inner = file.inner.lock();
             if !inner.dead {
@@ -112,7 +155,9 @@ impl Cache {
 
     /// Takes the newest generation into a pinned open, within the limits.
     pub(crate) fn begin_pin(&self, inner: &mut Inner, who: Holder) -> Result<(), CacheError> {
-        let Some(home) = inner.live.as_mut() else { return Err(CacheError::Changing) };
+        let Some(home) = inner.live.as_mut() else {
+            return Err(CacheError::Changing);
+        };
         let pages = home.pages();
         if pages > self.config.pin_file_pages_max {
             let pages_max = self.config.pin_file_pages_max;
@@ -132,13 +177,19 @@ impl Cache {
             let wanted = table.pin_pages + quarantined + pages;
             let budget = table.budget();
             if wanted > u64::from(budget - budget / PIN_RESERVE_DIVISOR) {
-                return Err(CacheError::PinNoRoom { wanted, frames_max: budget });
+                return Err(CacheError::PinNoRoom {
+                    wanted,
+                    frames_max: budget,
+                });
             }
             table.pin_pages += pages;
             home.reserved = true;
         }
         if !home.charges.iter().any(|c| c.guest == who.guest) {
-            home.charges.push(Charge { guest: who.guest, quarantined: false });
+            home.charges.push(Charge {
+                guest: who.guest,
+                quarantined: false,
+            });
             table.accounts.of(who.guest).pinned += pages;
         }
         if !home.holds_frames() {
@@ -152,11 +203,21 @@ impl Cache {
 
     /// Ends one pin of `dom` on a generation. Once nobody pins it, its frames come free when the
     /// kernel says that nobody has it open.
-    pub(crate) fn unpin(&self, file: &Arc<CachedFile>, inner: &mut Inner, dom: DomId, generation: u32) {
+    pub(crate) fn unpin(
+        &self,
+        file: &Arc<CachedFile>,
+        inner: &mut Inner,
+        dom: DomId,
+        generation: u32,
+    ) {
         let now_ms = now_ms();
         let is_live = inner.state.generation == generation;
-        let Some(home) = inner.home_of(generation) else { return };
-        let Some(at) = home.pinners.iter().position(|d| *d == dom) else { return };
+        let Some(home) = inner.home_of(generation) else {
+            return;
+        };
+        let Some(at) = home.pinners.iter().position(|d| *d == dom) else {
+            return;
+        };
         home.pinners.swap_remove(at);
         if home.is_pinned() {
             return;
@@ -191,8 +252,11 @@ impl Cache {
         let pages = home.pages();
         for charge in home.charges.drain(..) {
             let account = table.accounts.of(charge.guest);
-            let count =
-                if charge.quarantined { &mut account.quarantined } else { &mut account.pinned };
+            let count = if charge.quarantined {
+                &mut account.quarantined
+            } else {
+                &mut account.pinned
+            };
             *count = count.saturating_sub(pages);
         }
         if std::mem::take(&mut home.reserved) {
@@ -209,7 +273,11 @@ impl Cache {
         }
         if how == OpenHow::Pin {
             // The oldest first: which of several it was matters to nobody, the kernel is asked.
-            let pinned = inner.old.iter().chain(&inner.live).find(|h| h.pinners.contains(&who.dom));
+            let pinned = inner
+                .old
+                .iter()
+                .chain(&inner.live)
+                .find(|h| h.pinners.contains(&who.dom));
             if let Some(generation) = pinned.map(|h| h.generation) {
                 self.unpin(file, &mut inner, who.dom, generation);
             }
@@ -241,7 +309,10 @@ impl Cache {
             inner.idle_seq = 0;
             return;
         }
-        let empty = inner.live.as_ref().is_none_or(|h| h.index.is_empty() && h.busy == 0);
+        let empty = inner
+            .live
+            .as_ref()
+            .is_none_or(|h| h.index.is_empty() && h.busy == 0);
         if empty {
             self.bury(file, inner, now_ms());
         } else if inner.idle_seq == 0 {
@@ -258,10 +329,14 @@ impl Cache {
                 if idle.len() <= FILES_IDLE_MAX {
                     return;
                 }
-                let Some(oldest) = idle.pop_front() else { return };
+                let Some(oldest) = idle.pop_front() else {
+                    return;
+                };
                 oldest
             };
-            let Some(file) = self.files.lock().get(&key).cloned() else { continue };
+            let Some(file) = self.files.lock().get(&key).cloned() else {
+                continue;
+            };
             let mut inner = file.inner.lock();
             if inner.idle_seq == seq && inner.is_idle() {
                 self.bury(&file, &mut inner, now_ms());

@@ -19,8 +19,14 @@ pub(crate) struct Pool<J> {
 impl<J: Send + 'static> Pool<J> {
     /// A queue of at most `jobs_max` waiting jobs; no threads yet.
     pub(crate) fn new(jobs_max: usize) -> Self {
-        let state = State { jobs: VecDeque::new(), stopped: false };
-        Self { shared: Arc::new((Mutex::new(state), Condvar::new())), jobs_max }
+        let state = State {
+            jobs: VecDeque::new(),
+            stopped: false,
+        };
+        Self {
+            shared: Arc::new((Mutex::new(state), Condvar::new())),
+            jobs_max,
+        }
     }
 
     /// Starts a thread that runs jobs until the pool stops or `run` returns `false`.
@@ -50,10 +56,14 @@ impl<J: Send + 'static> Pool<J> {
                 }
             }
         };
-        std::thread::Builder::new().name(name).spawn(body).map(drop).map_err(|e| CacheError::Io {
-            what: "start a thread",
-            errno: e.raw_os_error().unwrap_or(libc::EAGAIN),
-        })
+        std::thread::Builder::new()
+            .name(name)
+            .spawn(body)
+            .map(drop)
+            .map_err(|e| CacheError::Io {
+                what: "start a thread",
+                errno: e.raw_os_error().unwrap_or(libc::EAGAIN),
+            })
     }
 
     /// Adds a job; gives it back when the pool has stopped or too many wait.

@@ -12,6 +12,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
+/// A file, the number of one of its homes, and pages of that home with their frames.
+type OfHome = (Arc<CachedFile>, u32, Vec<(u32, FrameNo)>);
+
 impl Cache {
     /// Takes up to `count` frames, at least one; gives others back for that. `false`: none now.
     pub(crate) fn reserve(&self, count: u32, out: &mut Vec<FrameNo>) -> bool {
@@ -54,7 +57,7 @@ impl Cache {
     }
 
     /// Frames by file, in the order of their pages.
-    fn by_file(&self, frames: &[FrameNo]) -> Vec<(Arc<CachedFile>, u32, Vec<(u32, FrameNo)>)> {
+    fn by_file(&self, frames: &[FrameNo]) -> Vec<OfHome> {
         let mut slots: BTreeMap<u32, Vec<(u32, FrameNo)>> = BTreeMap::new();
         let table = self.frames.lock();
         for frame in frames {
@@ -82,7 +85,9 @@ impl Cache {
 
     fn evict_of(&self, file: &Arc<CachedFile>, slot: u32, mut pages: Vec<(u32, FrameNo)>) -> u32 {
         let mut inner = file.inner.lock();
-        let Some(home) = inner.home_at(slot) else { return 0 };
+        let Some(home) = inner.home_at(slot) else {
+            return 0;
+        };
         let mut units: Vec<u32> = pages.iter().map(|(p, _)| p / HUGE_PAGES).collect();
         units.dedup();
         {
@@ -102,7 +107,9 @@ impl Cache {
                     continue;
                 }
                 for page in unit * HUGE_PAGES..(unit + 1) * HUGE_PAGES {
-                    let Some(frame) = home.index.get(page) else { continue };
+                    let Some(frame) = home.index.get(page) else {
+                        continue;
+                    };
                     use FrameState::{Granted, Main, Small};
                     let takes = [Small, Main].contains(&table.state(frame))
                         || self.force && table.state(frame) == Granted;
@@ -117,7 +124,10 @@ impl Cache {
         let mut freed = 0;
         let id = home.id;
         let result = each_run(&pages, |first, frames| {
-            let held = frames.iter().filter(|f| self.backend.holder_count(**f) > 0).count();
+            let held = frames
+                .iter()
+                .filter(|f| self.backend.holder_count(**f) > 0)
+                .count();
             let page = PageIndex(first.into());
             if held > 0 {
                 self.backend.force_out(id, page, frames, &mut |_, _| {})?;
@@ -130,8 +140,12 @@ impl Cache {
                 table.release(*frame, file.id.0, true);
             }
             freed += frames.len() as u32;
-            self.counters.reclaimed_granted.fetch_add(held as u64, Relaxed);
-            self.counters.reclaimed_idle.fetch_add((frames.len() - held) as u64, Relaxed);
+            self.counters
+                .reclaimed_granted
+                .fetch_add(held as u64, Relaxed);
+            self.counters
+                .reclaimed_idle
+                .fetch_add((frames.len() - held) as u64, Relaxed);
             self.counters.reclaim_calls.fetch_add(1, Relaxed);
             Ok::<(), CacheError>(())
         });
@@ -152,14 +166,20 @@ impl Cache {
 
     /// The queue of a resident frame of a home that is not pinned.
     pub(crate) fn resident_state(&self, frame: FrameNo) -> FrameState {
-        if self.backend.holder_count(frame) > 0 { FrameState::Granted } else { FrameState::Main }
+        if self.backend.holder_count(frame) > 0 {
+            FrameState::Granted
+        } else {
+            FrameState::Main
+        }
     }
 
     /// Asks the holders of frames (all of them, or one) to let go.
     pub(crate) fn ask_back(&self, frames: &[FrameNo], only: Option<DomId>) {
         for (file, slot, pages) in self.by_file(frames) {
             let mut inner = file.inner.lock();
-            let Some(home) = inner.home_at(slot) else { continue };
+            let Some(home) = inner.home_at(slot) else {
+                continue;
+            };
             let generation = home.generation;
             home.recalling = home.recalling.saturating_add(pages.len() as u32);
             self.send_recalls(&file, generation, &pages, only, RecallReason::Reclaim);
@@ -179,7 +199,9 @@ impl Cache {
             let mut holders = Vec::new();
             match only {
                 Some(dom) => holders.push(dom),
-                None => frames.iter().for_each(|f| self.backend.holders(*f, &mut holders)),
+                None => frames
+                    .iter()
+                    .for_each(|f| self.backend.holders(*f, &mut holders)),
             }
             holders.sort_unstable();
             holders.dedup();
@@ -205,7 +227,11 @@ impl Cache {
         {
             let mut frames = self.frames.lock();
             oldest.retain(|frame| frames.state(*frame) == FrameState::Granted);
-            let state = if self.force { FrameState::Evicting } else { FrameState::Recalling };
+            let state = if self.force {
+                FrameState::Evicting
+            } else {
+                FrameState::Recalling
+            };
             for frame in &oldest {
                 frames.set_state(*frame, state);
             }
@@ -257,12 +283,18 @@ impl Cache {
         {
             let mut frames = self.frames.lock();
             if !(FRAMES_MIN..=frames.capacity()).contains(&frames_max) {
-                return Err(CacheError::BudgetOutOfBounds { min: FRAMES_MIN, max: frames.capacity() });
+                return Err(CacheError::BudgetOutOfBounds {
+                    min: FRAMES_MIN,
+                    max: frames.capacity(),
+                });
             }
             let held = frames.pin_pages + u64::from(frames.count(FrameState::Quarantined));
             if held >= u64::from(frames_max) {
                 let held = held.min(u64::from(u32::MAX)) as u32;
-                return Err(CacheError::BudgetBelowPinned { held, asked: frames_max });
+                return Err(CacheError::BudgetBelowPinned {
+                    held,
+                    asked: frames_max,
+                });
             }
             frames.set_budget(frames_max);
         }

@@ -223,8 +223,7 @@ impl Cache {
         stats.frames_pinned = count(FrameState::Held);
         stats.frames_filling = count(FrameState::Filling);
         stats.frames_quarantined = count(FrameState::Quarantined);
-        stats.frames_resident =
-            table.used() - stats.frames_filling - stats.frames_quarantined;
+        stats.frames_resident = table.used() - stats.frames_filling - stats.frames_quarantined;
         stats.metadata_bytes = table.bytes() + index_bytes;
         stats.guests = table
             .accounts
@@ -244,8 +243,13 @@ impl Cache {
     pub fn pages(&self, node: &NodeRef) -> Result<Option<FilePages>, CacheError> {
         let group = self.exports.group(node.export)?;
         let of_node = |key: &FileKey| (key.group, key.dev, key.ino) == (group, node.dev, node.ino);
-        let mut files: Vec<_> =
-            self.files.lock().iter().filter(|(key, _)| of_node(key)).map(|(_, f)| f.clone()).collect();
+        let mut files: Vec<_> = self
+            .files
+            .lock()
+            .iter()
+            .filter(|(key, _)| of_node(key))
+            .map(|(_, f)| f.clone())
+            .collect();
         files.sort_by_key(|file| file.key.class);
         let mut out: Option<FilePages> = None;
         for file in files {
@@ -261,7 +265,9 @@ impl Cache {
         out.bytes = inner.state.bytes;
         out.host_bounded |= inner.state.host_bounded;
         out.quarantined += inner.old.iter().map(|h| h.index.len() as u64).sum::<u64>();
-        let Some(home) = inner.live.as_ref() else { return };
+        let Some(home) = inner.live.as_ref() else {
+            return;
+        };
         out.resident += home.index.len() as u64;
         out.pins += home.pinners.len() as u32;
         for (page, frame) in home.index.pages() {
@@ -277,7 +283,12 @@ impl Cache {
                 {
                     run.count += 1;
                 }
-                _ => out.runs.push(PageRun { first: PageIndex(page.into()), count: 1, holders, huge }),
+                _ => out.runs.push(PageRun {
+                    first: PageIndex(page.into()),
+                    count: 1,
+                    holders,
+                    huge,
+                }),
             }
         }
     }

@@ -20,7 +20,9 @@ impl Cache {
         reason: RecallReason,
         now_ms: u64,
     ) {
-        let Some(mut home) = inner.live.take() else { return };
+        let Some(mut home) = inner.live.take() else {
+            return;
+        };
         self.counters.generations_retired.fetch_add(1, Relaxed);
         home.since_ms = now_ms;
         home.poll_ms = now_ms;
@@ -82,14 +84,25 @@ impl Cache {
         }
     }
 
-    fn begin_generation(&self, file: &Arc<CachedFile>, inner: &mut Inner) -> Result<(), CacheError> {
+    fn begin_generation(
+        &self,
+        file: &Arc<CachedFile>,
+        inner: &mut Inner,
+    ) -> Result<(), CacheError> {
         let (cookie, _) = file.read_cookie()?;
         if pages_for(cookie.bytes) > FILE_PAGES_MAX {
-            return Err(CacheError::Io { what: "the file is too long", errno: libc::EFBIG });
+            return Err(CacheError::Io {
+                what: "the file is too long",
+                errno: libc::EFBIG,
+            });
         }
         let generation = inner.state.generation + 1;
         let label = format!("{}:{}.{generation}", file.key.dev, file.key.ino);
-        let id = self.backend.open_home(&HomeSpec { label, bytes: cookie.bytes, class: file.key.class })?;
+        let id = self.backend.open_home(&HomeSpec {
+            label,
+            bytes: cookie.bytes,
+            class: file.key.class,
+        })?;
         let slot = self.frames.lock().add_slot(Arc::downgrade(file));
         let ended = inner.state.generation;
         inner.live = Some(Home::new(id, slot, generation, cookie.bytes));
@@ -101,7 +114,10 @@ impl Cache {
             host_bounded: inner.lease != Lease::Held,
         };
         if ended > 0 && !inner.opens.is_empty() {
-            self.events.send(CacheEvent::Retired { file: file.clone(), generation: ended });
+            self.events.send(CacheEvent::Retired {
+                file: file.clone(),
+                generation: ended,
+            });
         }
         Ok(())
     }
@@ -131,7 +147,12 @@ impl Cache {
     }
 
     /// `true`: the home has ended.
-    fn drain(&self, file: &Arc<CachedFile>, home: &mut Home, now_ms: u64) -> Result<bool, CacheError> {
+    fn drain(
+        &self,
+        file: &Arc<CachedFile>,
+        home: &mut Home,
+        now_ms: u64,
+    ) -> Result<bool, CacheError> {
         if home.busy > 0 || home.is_pinned() {
             return Ok(false);
         }
@@ -217,7 +238,12 @@ impl Cache {
     }
 
     /// Tries to end every grant of a frame; `true` when none is left. The table is the truth.
-    pub(crate) fn revoke_all(&self, frame: FrameNo, unused: bool, holders: &mut Vec<DomId>) -> bool {
+    pub(crate) fn revoke_all(
+        &self,
+        frame: FrameNo,
+        unused: bool,
+        holders: &mut Vec<DomId>,
+    ) -> bool {
         holders.clear();
         self.backend.holders(frame, holders);
         let mut answers = Vec::new();

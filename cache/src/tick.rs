@@ -79,7 +79,9 @@ impl Cache {
     /// A home that was pinned once stays whole while anybody has it open, those too that map it with
     /// a fault handler. When memory is short these are moved to a new home, so that the old one can end.
     fn rotate_if_short(&self, file: &Arc<CachedFile>, inner: &mut Inner, now_ms: u64) {
-        let Some(home) = inner.live.as_ref() else { return };
+        let Some(home) = inner.live.as_ref() else {
+            return;
+        };
         let stuck = home.exposed && !home.is_pinned() && now_ms > home.since_ms + DRAIN_POLL_MS_MAX;
         let short = {
             let frames = self.frames.lock();
@@ -98,7 +100,11 @@ impl Cache {
     /// Has `tick` look at the file, if there is a reason. The file's lock is held.
     pub(crate) fn look_at(&self, file: &Arc<CachedFile>, inner: &Inner) {
         if inner.needs_attention()
-            && self.attention.lock().insert(file.id, file.clone()).is_none()
+            && self
+                .attention
+                .lock()
+                .insert(file.id, file.clone())
+                .is_none()
         {
             self.events.wake();
         }

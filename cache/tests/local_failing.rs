@@ -2,7 +2,7 @@
 //! and what was refused works later. The watching backend also reports calls no backend allows.
 //!
 //! Cannot show: failures inside the kernel that leave a call half done.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::panic)]
 
 mod common;
 
@@ -19,7 +19,11 @@ fn rig(frames: u32) -> (Rig, Arc<FailingBackend>) {
 
 fn clean(rig: &mut Rig, failing: &FailingBackend) {
     rig.audit();
-    assert!(failing.violations().is_empty(), "{:#?}", failing.violations());
+    assert!(
+        failing.violations().is_empty(),
+        "{:#?}",
+        failing.violations()
+    );
 }
 
 #[test]
@@ -88,7 +92,10 @@ fn local_a_home_that_cannot_be_made_refuses_the_open_only() {
     let data = content(4, 5 * PAGE);
     rig.write("f", &data);
     failing.fail_nth(Call::OpenHome, 1, FailWith::NoMemory);
-    assert_eq!(rig.open("f", OpenHow::Map, who(1)).unwrap_err().errno(), libc::ENOMEM);
+    assert_eq!(
+        rig.open("f", OpenHow::Map, who(1)).unwrap_err().errno(),
+        libc::ENOMEM
+    );
     rig.pump(Duration::from_millis(1));
     let file = rig.map("f", who(1));
     rig.check(&file, who(1), 0, &data);
@@ -121,7 +128,10 @@ fn local_pins_that_fail_are_undone() {
         clean(&mut rig, &failing);
         let stats = rig.cache.stats();
         assert_eq!(stats.frames_pinned, 0);
-        assert!(stats.guests.iter().all(|g| g.pinned_pages == 0), "{stats:?}");
+        assert!(
+            stats.guests.iter().all(|g| g.pinned_pages == 0),
+            "{stats:?}"
+        );
     }
     let done = rig.open("f", OpenHow::Pin, who(1)).unwrap();
     rig.cache.close(&done.file, OpenHow::Pin, who(1));
@@ -141,7 +151,12 @@ fn local_a_file_cut_short_under_a_writer_never_shows_old_bytes() {
     for pages in (1..64).rev().step_by(9) {
         let path = rig.path("f");
         let host = host.clone();
-        rig.host(move || host.open(path).unwrap().set_len(pages * PAGE as u64 + 7).unwrap());
+        rig.host(move || {
+            host.open(path)
+                .unwrap()
+                .set_len(pages * PAGE as u64 + 7)
+                .unwrap()
+        });
         let generation = rig.cache.current(&file).generation;
         // Asked with what the guest knew: refused, stale, or right, never bytes past the end.
         let _ = rig.fault_of(&file, a, generation, (pages + 1, 1), FaultHint::Random);

@@ -2,7 +2,7 @@
 //! After each step the audit is clean; every page read has the bytes of the file.
 //!
 //! Cannot show: changes by a host that go on during a fault (they are whole steps here), mappings.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::panic)]
 
 mod common;
 
@@ -19,16 +19,50 @@ const GUESTS: u16 = 3;
 
 #[derive(Clone, Debug)]
 enum Op {
-    Open { file: usize, guest: u16, pin: bool },
-    Close { file: usize, guest: u16, pin: bool },
-    Fault { file: usize, guest: u16, page: u64, count: u32, sequential: bool },
-    Read { file: usize, guest: u16, offset: u64, len: u32 },
-    Write { file: usize, page: u64, seed: u64 },
-    Truncate { file: usize, bytes: u64 },
-    Reclaim { pages: u64 },
-    Budget { frames: u32 },
-    End { guest: u16 },
-    Fence { guest: u16 },
+    Open {
+        file: usize,
+        guest: u16,
+        pin: bool,
+    },
+    Close {
+        file: usize,
+        guest: u16,
+        pin: bool,
+    },
+    Fault {
+        file: usize,
+        guest: u16,
+        page: u64,
+        count: u32,
+        sequential: bool,
+    },
+    Read {
+        file: usize,
+        guest: u16,
+        offset: u64,
+        len: u32,
+    },
+    Write {
+        file: usize,
+        page: u64,
+        seed: u64,
+    },
+    Truncate {
+        file: usize,
+        bytes: u64,
+    },
+    Reclaim {
+        pages: u64,
+    },
+    Budget {
+        frames: u32,
+    },
+    End {
+        guest: u16,
+    },
+    Fence {
+        guest: u16,
+    },
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -61,7 +95,10 @@ struct Model {
 
 impl Model {
     fn any(&self, file: usize, guest: u16) -> Option<Arc<CachedFile>> {
-        [false, true].iter().find_map(|pin| self.opens.get(&(file, guest, *pin))).map(|o| o.0.clone())
+        [false, true]
+            .iter()
+            .find_map(|pin| self.opens.get(&(file, guest, *pin)))
+            .map(|o| o.0.clone())
     }
 }
 
@@ -76,7 +113,10 @@ fn step(rig: &mut Rig, model: &mut Model, op: Op) {
             match rig.open(&name(file), how, who(guest)) {
                 Ok(done) => {
                     assert_eq!(done.state.bytes, model.data[file].len() as u64);
-                    let slot = model.opens.entry((file, guest, pin)).or_insert((done.file.clone(), 0));
+                    let slot = model
+                        .opens
+                        .entry((file, guest, pin))
+                        .or_insert((done.file.clone(), 0));
                     slot.1 += 1;
                     if pin {
                         let generation = done.state.generation;
@@ -101,10 +141,22 @@ fn step(rig: &mut Rig, model: &mut Model, op: Op) {
                 }
             }
         }
-        Op::Fault { file, guest, page, count, sequential } => {
-            let Some(open) = model.any(file, guest) else { return };
+        Op::Fault {
+            file,
+            guest,
+            page,
+            count,
+            sequential,
+        } => {
+            let Some(open) = model.any(file, guest) else {
+                return;
+            };
             let pages = model.data[file].len().div_ceil(PAGE) as u64;
-            let hint = if sequential { FaultHint::Sequential } else { FaultHint::Random };
+            let hint = if sequential {
+                FaultHint::Sequential
+            } else {
+                FaultHint::Random
+            };
             let generation = rig.cache.current(&open).generation;
             let result = rig.fault_of(&open, who(guest), generation, (page, count), hint);
             match result {
@@ -116,14 +168,26 @@ fn step(rig: &mut Rig, model: &mut Model, op: Op) {
                 Ok(done) => panic!("{done:?} of {pages} pages"),
             }
         }
-        Op::Read { file, guest, offset, len } => {
-            let Some(open) = model.any(file, guest) else { return };
+        Op::Read {
+            file,
+            guest,
+            offset,
+            len,
+        } => {
+            let Some(open) = model.any(file, guest) else {
+                return;
+            };
             let data = &model.data[file];
             let from = data.len().min(offset as usize);
             let to = data.len().min(offset as usize + len as usize);
             let expected = data[from..to].to_vec();
             match rig.read(&open, who(guest), offset, len) {
-                Ok(seen) => assert!(seen == expected, "{} bytes for {}", seen.len(), expected.len()),
+                Ok(seen) => assert!(
+                    seen == expected,
+                    "{} bytes for {}",
+                    seen.len(),
+                    expected.len()
+                ),
                 Err(CacheError::NoFrames) => assert!(rig.cache.stats().frames_pinned > 0),
                 Err(e) => panic!("{e}"),
             }
@@ -153,7 +217,12 @@ fn step(rig: &mut Rig, model: &mut Model, op: Op) {
             model.data[file].truncate(bytes);
             let path = rig.path(&name(file));
             rig.host(|| {
-                std::fs::File::options().write(true).open(&path).unwrap().set_len(bytes as u64).unwrap();
+                std::fs::File::options()
+                    .write(true)
+                    .open(&path)
+                    .unwrap()
+                    .set_len(bytes as u64)
+                    .unwrap();
             });
             rig.cache.host_events();
         }
@@ -161,7 +230,9 @@ fn step(rig: &mut Rig, model: &mut Model, op: Op) {
             rig.cache.reclaim(pages);
         }
         Op::Budget { frames } => match rig.cache.set_frames_max(frames) {
-            Ok(()) => rig.until("the budget", |s| s.frames_resident + s.frames_quarantined <= frames),
+            Ok(()) => rig.until("the budget", |s| {
+                s.frames_resident + s.frames_quarantined <= frames
+            }),
             Err(e) => assert!(matches!(e, CacheError::BudgetBelowPinned { .. }), "{e}"),
         },
         Op::End { guest } => {
@@ -177,7 +248,13 @@ fn step(rig: &mut Rig, model: &mut Model, op: Op) {
 }
 
 fn run(force: bool, ops: Vec<Op>) {
-    let mut rig = Rig::with(local(force), CacheConfig { collapse: false, ..config(128) });
+    let mut rig = Rig::with(
+        local(force),
+        CacheConfig {
+            collapse: false,
+            ..config(128)
+        },
+    );
     let mut model = Model::default();
     for file in 0..FILES {
         let data = content(file as u64 + 1, (file * 40 + 10) * PAGE + file * 100);
@@ -196,8 +273,18 @@ fn run(force: bool, ops: Vec<Op>) {
     rig.cache.drop_all();
     rig.audit();
     let stats = rig.cache.stats();
-    assert_eq!((stats.frames_resident, stats.frames_quarantined), (0, 0), "{stats:?}");
-    assert!(stats.guests.iter().all(|g| (g.frames, g.pinned_pages, g.quarantined_pages) == (0, 0, 0)), "{stats:?}");
+    assert_eq!(
+        (stats.frames_resident, stats.frames_quarantined),
+        (0, 0),
+        "{stats:?}"
+    );
+    assert!(
+        stats
+            .guests
+            .iter()
+            .all(|g| (g.frames, g.pinned_pages, g.quarantined_pages) == (0, 0, 0)),
+        "{stats:?}"
+    );
 }
 
 proptest! {

@@ -15,7 +15,7 @@ use crate::tree::NodeRef;
 use copage_grants::{DomId, FrameNo, Grant, TrustClass, Version};
 use parking_lot::Mutex;
 use rustix::fs::Stat;
-use std::os::fd::{BorrowedFd, OwnedFd, AsFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 /// Names a cached file in the life of one cache; never used again.
@@ -136,12 +136,23 @@ pub(crate) struct Inner {
 }
 
 impl CachedFile {
-    pub(crate) fn new(id: FileId, key: FileKey, node: NodeRef, data: OwnedFd, direct: Option<OwnedFd>) -> Self {
+    pub(crate) fn new(
+        id: FileId,
+        key: FileKey,
+        node: NodeRef,
+        data: OwnedFd,
+        direct: Option<OwnedFd>,
+    ) -> Self {
         let inner = Inner {
             direct: direct.map(Arc::new),
             live: None,
             old: Vec::new(),
-            state: FileState { generation: 0, version: Version(0), bytes: 0, host_bounded: true },
+            state: FileState {
+                generation: 0,
+                version: Version(0),
+                bytes: 0,
+                host_bounded: true,
+            },
             cookie: Cookie::default(),
             lease: Lease::Wanted,
             settle_until_ms: 0,
@@ -156,7 +167,13 @@ impl CachedFile {
             idle_seq: 0,
             scratch: (Vec::new(), Vec::new()),
         };
-        Self { id, key, node, data, inner: Mutex::new(inner) }
+        Self {
+            id,
+            key,
+            node,
+            data,
+            inner: Mutex::new(inner),
+        }
     }
 
     /// The host's (device, inode).
@@ -181,9 +198,18 @@ impl Inner {
 
     /// Counts one more open.
     pub(crate) fn add_open(&mut self, who: Holder, export: ExportId, how: OpenHow) {
-        let found = self.opens.iter().position(|e| e.who == who && e.export == export);
+        let found = self
+            .opens
+            .iter()
+            .position(|e| e.who == who && e.export == export);
         let at = found.unwrap_or_else(|| {
-            self.opens.push(OpenEntry { who, export, maps: 0, reads: 0, pins: 0 });
+            self.opens.push(OpenEntry {
+                who,
+                export,
+                maps: 0,
+                reads: 0,
+                pins: 0,
+            });
             self.opens.len() - 1
         });
         *self.opens[at].count_mut(how) += 1;
@@ -205,7 +231,9 @@ impl Inner {
 
     /// Does the domain have it open in a way that maps?
     pub(crate) fn may_hold_grants(&self, dom: DomId) -> bool {
-        self.opens.iter().any(|e| e.who.dom == dom && (e.maps > 0 || e.pins > 0))
+        self.opens
+            .iter()
+            .any(|e| e.who.dom == dom && (e.maps > 0 || e.pins > 0))
     }
 
     /// The live home, if `generation` is the newest.
@@ -214,11 +242,17 @@ impl Inner {
     }
 
     pub(crate) fn home_of(&mut self, generation: u32) -> Option<&mut Home> {
-        self.live.iter_mut().chain(&mut self.old).find(|h| h.generation == generation)
+        self.live
+            .iter_mut()
+            .chain(&mut self.old)
+            .find(|h| h.generation == generation)
     }
 
     pub(crate) fn home_at(&mut self, slot: u32) -> Option<&mut Home> {
-        self.live.iter_mut().chain(&mut self.old).find(|h| h.slot == slot)
+        self.live
+            .iter_mut()
+            .chain(&mut self.old)
+            .find(|h| h.slot == slot)
     }
 
     /// Nobody has it open and nothing is under way.
@@ -229,10 +263,14 @@ impl Inner {
     /// Something must be looked at from time to time.
     pub(crate) fn needs_attention(&self) -> bool {
         let unsettled = self.live.is_none() && !self.dead && self.state.generation > 0;
-        let unpinned = self.live.as_ref().is_some_and(|h| {
-            h.exposed && !h.is_pinned() || h.recalling > 0
-        });
-        unsettled || unpinned || !self.old.is_empty() || !self.lingering.is_empty()
+        let unpinned = self
+            .live
+            .as_ref()
+            .is_some_and(|h| h.exposed && !h.is_pinned() || h.recalling > 0);
+        unsettled
+            || unpinned
+            || !self.old.is_empty()
+            || !self.lingering.is_empty()
             || self.lease == Lease::Breaking
     }
 }

@@ -36,12 +36,27 @@ pub(crate) struct Waiter {
 
 #[derive(Clone, Debug)]
 pub(crate) enum WaitKind {
-    Open { how: OpenHow, node: NodeRef },
+    Open {
+        how: OpenHow,
+        node: NodeRef,
+    },
     /// `window` at least `count`: what is filled.
-    Fault { generation: u32, first: u32, count: u32, window: u32 },
-    Read { offset: u64, len: u32 },
+    Fault {
+        generation: u32,
+        first: u32,
+        count: u32,
+        window: u32,
+    },
+    Read {
+        offset: u64,
+        len: u32,
+    },
     /// The open is counted; pages before `cursor` are there.
-    Pin { generation: u32, cursor: u32, tries: u32 },
+    Pin {
+        generation: u32,
+        cursor: u32,
+        tries: u32,
+    },
 }
 
 impl WaitKind {
@@ -49,7 +64,11 @@ impl WaitKind {
     pub(crate) fn wants(&self, generation: u32, page: u32) -> bool {
         match self {
             Self::Open { .. } => false,
-            Self::Fault { generation: g, first, .. } => *g == generation && *first == page,
+            Self::Fault {
+                generation: g,
+                first,
+                ..
+            } => *g == generation && *first == page,
             Self::Read { offset, len } => {
                 let at = u64::from(page) * 4096;
                 at < offset + u64::from(*len) && *offset < at + 4096

@@ -23,7 +23,13 @@ pub(crate) enum Job {
     /// Look at what waits on the file.
     Advance(Arc<CachedFile>),
     /// Open a file for the life of `who`'s domain that was given.
-    Open { ticket: u64, node: NodeRef, how: OpenHow, who: Holder, life: u64 },
+    Open {
+        ticket: u64,
+        node: NodeRef,
+        how: OpenHow,
+        who: Holder,
+        life: u64,
+    },
     /// Give frames back down to the watermark or the budget.
     Refill,
 }
@@ -33,7 +39,13 @@ impl Cache {
         match job {
             Job::Fill(file, flight) => self.run_fill(&file, flight, buffer),
             Job::Advance(file) => self.advance(&file, true),
-            Job::Open { ticket, node, how, who, life } => self.run_open(ticket, node, how, who, life),
+            Job::Open {
+                ticket,
+                node,
+                how,
+                who,
+                life,
+            } => self.run_open(ticket, node, how, who, life),
             Job::Refill => {
                 self.refill();
                 self.refilling.store(false, Release);
@@ -62,7 +74,9 @@ impl Cache {
             }
             bytes
         };
-        let Some(bytes) = bytes else { return self.advance(file, true) };
+        let Some(bytes) = bytes else {
+            return self.advance(file, true);
+        };
 
         let mut frames = Vec::new();
         if !self.reserve(flight.count, &mut frames) {
@@ -98,11 +112,16 @@ impl Cache {
         self.give_up(file, &unused);
         let first = PageIndex(flight.first.into());
         if !frames.is_empty()
-            && let Err(e) = self.backend.store(home, first, &frames, &buf[..frames.len() * 4096])
+            && let Err(e) = self
+                .backend
+                .store(home, first, &frames, &buf[..frames.len() * 4096])
         {
             self.give_up(file, &frames);
             frames.clear();
-            run = ReadRun { pages: 0, error: Some(e.into()) };
+            run = ReadRun {
+                pages: 0,
+                error: Some(e.into()),
+            };
         }
         self.publish(file, flight, frames, run);
     }
@@ -127,7 +146,9 @@ impl Cache {
                 }
             }
             drop(table);
-            self.counters.pages_filled.fetch_add(frames.len() as u64, Relaxed);
+            self.counters
+                .pages_filled
+                .fetch_add(frames.len() as u64, Relaxed);
             self.counters.pages_refilled.fetch_add(known, Relaxed);
             home.busy -= 1;
             if is_live && self.config.collapse && !frames.is_empty() {
@@ -183,7 +204,9 @@ impl Cache {
             return true;
         }
         // Without a stat there is no knowing: the next fill tells, and a broken file fails by itself.
-        let Ok((cookie, _)) = file.read_cookie() else { return false };
+        let Ok((cookie, _)) = file.read_cookie() else {
+            return false;
+        };
         if cookie == inner.cookie {
             inner.churn = 0;
             return false;

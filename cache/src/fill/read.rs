@@ -45,7 +45,13 @@ impl Cache {
     /// Reads `buf.len()` bytes of whole pages from page `first` of a file that is `bytes` long. What
     /// lies past the end is zeroed, whatever the buffer held before. A file that has become shorter
     /// gives fewer pages; its cookie tells.
-    pub(crate) fn read_run(&self, file: &Arc<CachedFile>, bytes: u64, first: u32, buf: &mut [u8]) -> ReadRun {
+    pub(crate) fn read_run(
+        &self,
+        file: &Arc<CachedFile>,
+        bytes: u64,
+        first: u32,
+        buf: &mut [u8],
+    ) -> ReadRun {
         let offset = u64::from(first) * PAGE_SIZE_U64;
         let wanted = bytes.saturating_sub(offset).min(buf.len() as u64) as usize;
         let direct = file.inner.lock().direct.clone();
@@ -71,7 +77,13 @@ impl Cache {
     }
 
     /// Drops behind what was not cached before.
-    fn read_buffered(&self, file: &CachedFile, buf: &mut [u8], offset: u64, wanted: usize) -> Result<usize, Errno> {
+    fn read_buffered(
+        &self,
+        file: &CachedFile,
+        buf: &mut [u8],
+        offset: u64,
+        wanted: usize,
+    ) -> Result<usize, Errno> {
         let block = DROP_PAGES * PAGE_SIZE_U64;
         let end = offset + buf.len() as u64;
         let mut fresh = Vec::new();
@@ -96,7 +108,13 @@ impl Cache {
 
     /// After an error: page by page up to the one that cannot be read, so that only who asked for
     /// that one is told.
-    fn read_by_page(&self, file: &CachedFile, buf: &mut [u8], offset: u64, wanted: usize) -> ReadRun {
+    fn read_by_page(
+        &self,
+        file: &CachedFile,
+        buf: &mut [u8],
+        offset: u64,
+        wanted: usize,
+    ) -> ReadRun {
         self.counters.fill_errors.fetch_add(1, Relaxed);
         let mut got = 0;
         while got < wanted {
@@ -118,7 +136,12 @@ impl Cache {
 
 /// Reads until `wanted` bytes are there or the file ends. The reads ask for whole pages, as
 /// `O_DIRECT` wants; bytes past `wanted` count for nothing.
-fn read_full(fd: BorrowedFd<'_>, buf: &mut [u8], offset: u64, wanted: usize) -> Result<usize, Errno> {
+fn read_full(
+    fd: BorrowedFd<'_>,
+    buf: &mut [u8],
+    offset: u64,
+    wanted: usize,
+) -> Result<usize, Errno> {
     let mut got = 0;
     while got < wanted {
         match rustix::io::pread(fd, &mut buf[got..], offset + got as u64) {
@@ -137,9 +160,19 @@ fn read_full(fd: BorrowedFd<'_>, buf: &mut [u8], offset: u64, wanted: usize) -> 
 fn finish(buf: &mut [u8], got: usize, wanted: usize) -> ReadRun {
     buf[got..].fill(0);
     let short = got < wanted;
-    let pages = if short { got / PAGE_SIZE } else { got.div_ceil(PAGE_SIZE) };
-    let error = short.then_some(CacheError::Io { what: "read: the file ended early", errno: libc::EIO });
-    ReadRun { pages: pages as u32, error }
+    let pages = if short {
+        got / PAGE_SIZE
+    } else {
+        got.div_ceil(PAGE_SIZE)
+    };
+    let error = short.then_some(CacheError::Io {
+        what: "read: the file ended early",
+        errno: libc::EIO,
+    });
+    ReadRun {
+        pages: pages as u32,
+        error,
+    }
 }
 
 #[cfg(test)]

@@ -10,7 +10,9 @@ pub(crate) struct Ghosts {
 impl Ghosts {
     pub(crate) fn new(frames: u32) -> Self {
         let places = (frames / 2 + 1).next_power_of_two();
-        Self { marks: vec![0; places as usize].into_boxed_slice() }
+        Self {
+            marks: vec![0; places as usize].into_boxed_slice(),
+        }
     }
 
     fn place(&self, file: u64, page: u32) -> (usize, u32) {
@@ -19,7 +21,10 @@ impl Ghosts {
         h ^= h >> 29;
         h = h.wrapping_mul(0xBF58_476D_1CE4_E5B9);
         h ^= h >> 32;
-        ((h as usize) & (self.marks.len() - 1), ((h >> 32) as u32) | 1)
+        (
+            (h as usize) & (self.marks.len() - 1),
+            ((h >> 32) as u32) | 1,
+        )
     }
 
     pub(crate) fn remember(&mut self, file: u64, page: u32) {

@@ -88,7 +88,10 @@ impl FrameTable {
         };
         let mut table = Self {
             metas: vec![meta; frames as usize].into_boxed_slice(),
-            queues: [Ends { head: NONE, tail: NONE }; QUEUES],
+            queues: [Ends {
+                head: NONE,
+                tail: NONE,
+            }; QUEUES],
             counts: [0; STATES],
             ghosts: Ghosts::new(frames),
             budget: frames,
@@ -143,7 +146,9 @@ impl FrameTable {
     /// Could anything be given back, now or when somebody answers?
     pub(crate) fn any_reclaimable(&self) -> bool {
         use FrameState::*;
-        [Small, Main, Granted, Filling, Evicting, Recalling].iter().any(|s| self.count(*s) > 0)
+        [Small, Main, Granted, Filling, Evicting, Recalling]
+            .iter()
+            .any(|s| self.count(*s) > 0)
             || self.available() > 0
     }
 
@@ -164,7 +169,9 @@ impl FrameTable {
         self.counts[old as usize] -= 1;
         self.counts[state as usize] += 1;
         self.metas[frame.0 as usize].state = state;
-        let Some(ends) = self.queues.get_mut(state as usize) else { return };
+        let Some(ends) = self.queues.get_mut(state as usize) else {
+            return;
+        };
         let tail = ends.tail;
         ends.tail = frame.0;
         if tail == NONE {
@@ -176,8 +183,12 @@ impl FrameTable {
     }
 
     fn unlink(&mut self, n: u32) {
-        let Meta { prev, next, state, .. } = self.metas[n as usize];
-        let Some(ends) = self.queues.get_mut(state as usize) else { return };
+        let Meta {
+            prev, next, state, ..
+        } = self.metas[n as usize];
+        let Some(ends) = self.queues.get_mut(state as usize) else {
+            return;
+        };
         if prev == NONE {
             ends.head = next;
         }
@@ -207,7 +218,14 @@ impl FrameTable {
     }
 
     /// A page came: `true` when it had been given back not long before.
-    pub(crate) fn filled(&mut self, frame: FrameNo, slot: u32, file: u64, page: u32, held: bool) -> bool {
+    pub(crate) fn filled(
+        &mut self,
+        frame: FrameNo,
+        slot: u32,
+        file: u64,
+        page: u32,
+        held: bool,
+    ) -> bool {
         let known = self.ghosts.take(file, page);
         let meta = &mut self.metas[frame.0 as usize];
         (meta.slot, meta.page, meta.owner) = (slot, page, NONE);
@@ -228,7 +246,10 @@ impl FrameTable {
             meta.owner = guest;
             self.accounts.of(guest).frames += 1;
         }
-        if !matches!(self.state(frame), FrameState::Held | FrameState::Quarantined) {
+        if !matches!(
+            self.state(frame),
+            FrameState::Held | FrameState::Quarantined
+        ) {
             self.set_state(frame, FrameState::Granted);
         }
     }
@@ -236,7 +257,10 @@ impl FrameTable {
     /// Nobody holds a grant of the frame any more.
     pub(crate) fn ungranted(&mut self, frame: FrameNo) {
         self.discharge(frame);
-        if matches!(self.state(frame), FrameState::Granted | FrameState::Recalling) {
+        if matches!(
+            self.state(frame),
+            FrameState::Granted | FrameState::Recalling
+        ) {
             self.set_state(frame, FrameState::Main);
         }
     }
@@ -286,7 +310,11 @@ impl FrameTable {
             rounds -= 1;
             let (small, main) = (self.count(FrameState::Small), self.count(FrameState::Main));
             let from_small = small > 0 && (main == 0 || small > main / 9);
-            let queue = if from_small { FrameState::Small } else { FrameState::Main };
+            let queue = if from_small {
+                FrameState::Small
+            } else {
+                FrameState::Main
+            };
             let head = self.queues[queue as usize].head;
             if head == NONE {
                 return;
@@ -366,7 +394,10 @@ mod tests {
         let mut out = Vec::new();
         table.pick_idle(64, &mut out);
         assert_eq!(out.len(), 9);
-        assert!(!out.contains(&frames[0]), "a granted frame is in no queue of idle ones");
+        assert!(
+            !out.contains(&frames[0]),
+            "a granted frame is in no queue of idle ones"
+        );
         for frame in out.drain(..) {
             table.release(frame, 1, true);
         }

@@ -54,7 +54,10 @@ impl Cache {
         let fd = rustix::fs::open(proc_path(node.fd()), flags, Mode::empty())
             .map_err(|e| CacheError::io("open directory", e))?;
         if cookie != 0 {
-            let bad = CacheError::Io { what: "no such place in the directory", errno: libc::EINVAL };
+            let bad = CacheError::Io {
+                what: "no such place in the directory",
+                errno: libc::EINVAL,
+            };
             // Cookies of some file systems (ext4) use bit 63: lseek takes them as they are.
             rustix::fs::seek(&fd, SeekFrom::Start(cookie)).map_err(|_| bad)?;
         }

@@ -5,5 +5,5 @@ mod node;
 mod xattr;
 
 pub use dir::{Dir, DirItem};
-pub use node::{Attr, Kind, Node, NodeRef, StatFs};
 pub(crate) use node::Nodes;
+pub use node::{Attr, Kind, Node, NodeRef, StatFs};

@@ -144,15 +144,24 @@ pub(crate) struct Nodes {
 impl Nodes {
     /// The node of an `O_PATH` descriptor: the one that others hold already, if there is one. While
     /// a node lives its descriptor keeps the inode, so the numbers are not used again.
-    pub(crate) fn adopt(&self, export: ExportId, fd: OwnedFd) -> Result<(NodeRef, Attr), CacheError> {
+    pub(crate) fn adopt(
+        &self,
+        export: ExportId,
+        fd: OwnedFd,
+    ) -> Result<(NodeRef, Attr), CacheError> {
         let attr = stat(fd.as_fd())?;
         let key = (export, attr.dev, attr.ino);
         let mut slot = self.by_inode.entry(key).or_default();
         if let Some(node) = slot.upgrade() {
             return Ok((node, attr));
         }
-        let node =
-            Arc::new(Node { fd, export, dev: attr.dev, ino: attr.ino, kind: attr.kind });
+        let node = Arc::new(Node {
+            fd,
+            export,
+            dev: attr.dev,
+            ino: attr.ino,
+            kind: attr.kind,
+        });
         *slot = Arc::downgrade(&node);
         drop(slot);
         self.sweep_sometimes();
@@ -168,7 +177,10 @@ impl Nodes {
     }
 
     pub(crate) fn live(&self) -> u64 {
-        self.by_inode.iter().filter(|e| e.value().strong_count() > 0).count() as u64
+        self.by_inode
+            .iter()
+            .filter(|e| e.value().strong_count() > 0)
+            .count() as u64
     }
 }
 
@@ -185,13 +197,20 @@ pub(crate) fn check_name(name: &[u8]) -> Result<CString, CacheError> {
         return Err(CacheError::BadName("it is empty"));
     }
     if name.len() > NAME_BYTES_MAX {
-        return Err(CacheError::Io { what: "a name has at most 255 bytes", errno: libc::ENAMETOOLONG });
+        return Err(CacheError::Io {
+            what: "a name has at most 255 bytes",
+            errno: libc::ENAMETOOLONG,
+        });
     }
     if name == b"." || name == b".." {
-        return Err(CacheError::BadName("'.' and '..' are resolved by the guest"));
+        return Err(CacheError::BadName(
+            "'.' and '..' are resolved by the guest",
+        ));
     }
     if name.contains(&b'/') {
-        return Err(CacheError::BadName("it holds a '/': one component at a time"));
+        return Err(CacheError::BadName(
+            "it holds a '/': one component at a time",
+        ));
     }
     CString::new(name).map_err(|_| CacheError::BadName("it holds a NUL"))
 }
@@ -247,7 +266,10 @@ impl Cache {
     pub fn readlink(&self, node: &NodeRef) -> Result<Vec<u8>, CacheError> {
         self.exports.check_live(node.export)?;
         if node.kind != Kind::Symlink {
-            return Err(CacheError::Io { what: "not a symbolic link", errno: libc::EINVAL });
+            return Err(CacheError::Io {
+                what: "not a symbolic link",
+                errno: libc::EINVAL,
+            });
         }
         rustix::fs::readlinkat(node.fd(), c"", Vec::with_capacity(LINK_BYTES_MAX))
             .map(CString::into_bytes)

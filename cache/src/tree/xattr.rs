@@ -8,7 +8,9 @@ use std::ffi::CString;
 
 /// Attributes that say something to a guest. `trusted.*` is the host administrator's own.
 fn shown(name: &[u8]) -> bool {
-    [&b"user."[..], b"security.", b"system.posix_acl_"].iter().any(|p| name.starts_with(p))
+    [&b"user."[..], b"security.", b"system.posix_acl_"]
+        .iter()
+        .any(|p| name.starts_with(p))
 }
 
 impl Cache {
@@ -16,10 +18,16 @@ impl Cache {
     pub fn getxattr(&self, node: &NodeRef, name: &[u8]) -> Result<Vec<u8>, CacheError> {
         self.exports.check_live(node.export)?;
         if !shown(name) {
-            return Err(CacheError::Io { what: "getxattr", errno: libc::ENODATA });
+            return Err(CacheError::Io {
+                what: "getxattr",
+                errno: libc::ENODATA,
+            });
         }
         if name.len() > 255 {
-            return Err(CacheError::Io { what: "getxattr", errno: libc::ERANGE });
+            return Err(CacheError::Io {
+                what: "getxattr",
+                errno: libc::ERANGE,
+            });
         }
         let name = CString::new(name).map_err(|_| CacheError::BadName("it holds a NUL"))?;
         let mut value = vec![0; XATTR_BYTES_MAX];

@@ -41,12 +41,20 @@ pub fn config(frames_max: u32) -> CacheConfig {
 }
 
 pub fn local(force: bool) -> Arc<dyn Backend> {
-    let config = LocalConfig { force, entries: 65_536, ..LocalConfig::default() };
+    let config = LocalConfig {
+        force,
+        entries: 65_536,
+        ..LocalConfig::default()
+    };
     Arc::new(LocalBackend::new(config).unwrap())
 }
 
 pub fn who(n: u16) -> Holder {
-    Holder { dom: DomId(n), guest: u32::from(n) + 100, class: TrustClass::OWN }
+    Holder {
+        dom: DomId(n),
+        guest: u32::from(n) + 100,
+        class: TrustClass::OWN,
+    }
 }
 
 /// Content that tells file, page and round apart.
@@ -110,27 +118,52 @@ impl Rig {
     pub fn pump(&mut self, wait: Duration) {
         self.cache.tick(Cache::now_ms());
         self.cache.host_events();
-        let Ok(event) = self.receiver.recv_timeout(wait) else { return };
+        let Ok(event) = self.receiver.recv_timeout(wait) else {
+            return;
+        };
         for event in std::iter::once(event).chain(self.receiver.try_iter().collect::<Vec<_>>()) {
             match event {
                 CacheEvent::Faulted { ticket, .. }
                 | CacheEvent::Opened { ticket, .. }
                 | CacheEvent::Read { ticket, .. }
                 | CacheEvent::Meta { ticket, .. } => {
-                    assert!(self.answers.insert(ticket, event).is_none(), "answered twice");
+                    assert!(
+                        self.answers.insert(ticket, event).is_none(),
+                        "answered twice"
+                    );
                 }
                 CacheEvent::Retired { .. } => self.retired += 1,
                 CacheEvent::Withdrawn { .. } => self.withdrawn += 1,
-                CacheEvent::Recall { file, generation, first, count, holders, .. } => {
+                CacheEvent::Recall {
+                    file,
+                    generation,
+                    first,
+                    count,
+                    holders,
+                    ..
+                } => {
                     self.recalls += 1;
                     for dom in holders.into_iter().filter(|_| self.acks) {
                         let holder = who(dom.0);
                         self.cache.unmapped(&file, holder, generation, first, count);
-                        self.cache.recall_done(&file, generation, first, count, dom, RecallEnd::Acked);
+                        self.cache.recall_done(
+                            &file,
+                            generation,
+                            first,
+                            count,
+                            dom,
+                            RecallEnd::Acked,
+                        );
                     }
                 }
             }
         }
+    }
+
+    /// The same, for threads that do not wait for their answers.
+    pub fn pump_discarding(&mut self, wait: Duration) {
+        self.pump(wait);
+        self.answers.clear();
     }
 
     pub fn wait(&mut self, ticket: u64) -> CacheEvent {
@@ -139,7 +172,11 @@ impl Rig {
             if let Some(event) = self.answers.remove(&ticket) {
                 return event;
             }
-            assert!(start.elapsed() < Duration::from_secs(20), "no answer: {:?}", self.cache.stats());
+            assert!(
+                start.elapsed() < Duration::from_secs(20),
+                "no answer: {:?}",
+                self.cache.stats()
+            );
             self.pump(Duration::from_millis(5));
         }
     }
@@ -168,7 +205,10 @@ impl Rig {
     ) -> Result<FaultDone, CacheError> {
         let ticket = self.ticket();
         let first = PageIndex(range.0);
-        match self.cache.fault(ticket, file, who, generation, first, range.1, hint) {
+        match self
+            .cache
+            .fault(ticket, file, who, generation, first, range.1, hint)
+        {
             FaultOutcome::Ready(result) => result,
             FaultOutcome::Pending => match self.wait(ticket) {
                 CacheEvent::Faulted { result, .. } => result,
@@ -178,11 +218,21 @@ impl Rig {
     }
 
     /// Faults until it is granted, following new generations; returns the generation and the count.
-    pub fn fault(&mut self, file: &Arc<CachedFile>, who: Holder, first: u64, count: u32) -> Result<(u32, u32), CacheError> {
+    pub fn fault(
+        &mut self,
+        file: &Arc<CachedFile>,
+        who: Holder,
+        first: u64,
+        count: u32,
+    ) -> Result<(u32, u32), CacheError> {
         let mut generation = self.cache.current(file).generation;
         for _ in 0..50 {
             match self.fault_of(file, who, generation, (first, count), FaultHint::Random)? {
-                FaultDone::Granted { generation: g, first: f, count } => {
+                FaultDone::Granted {
+                    generation: g,
+                    first: f,
+                    count,
+                } => {
                     assert_eq!((g, f.0), (generation, first));
                     return Ok((g, count));
                 }
@@ -197,7 +247,9 @@ impl Rig {
     pub fn page(&self, file: &Arc<CachedFile>, generation: u32, page: u64) -> Option<Vec<u8>> {
         let fd = self.cache.descriptor(file, generation).ok()?;
         let mut buf = vec![0; PAGE];
-        let n = std::fs::File::from(fd).read_at(&mut buf, page * PAGE as u64).unwrap();
+        let n = std::fs::File::from(fd)
+            .read_at(&mut buf, page * PAGE as u64)
+            .unwrap();
         buf.truncate(n);
         Some(buf)
     }
@@ -208,16 +260,27 @@ impl Rig {
         let start = page as usize * PAGE;
         for _ in 0..50 {
             let (generation, _) = self.fault(file, who, page, 1).unwrap();
-            let Some(seen) = self.page(file, generation, page) else { continue };
+            let Some(seen) = self.page(file, generation, page) else {
+                continue;
+            };
             if seen.iter().any(|b| *b != 0) {
-                assert!(seen == data[start..data.len().min(start + PAGE)], "page {page} is wrong");
+                assert!(
+                    seen == data[start..data.len().min(start + PAGE)],
+                    "page {page} is wrong"
+                );
                 return;
             }
         }
         panic!("page {page} never came");
     }
 
-    pub fn read(&mut self, file: &Arc<CachedFile>, who: Holder, offset: u64, len: u32) -> Result<Vec<u8>, CacheError> {
+    pub fn read(
+        &mut self,
+        file: &Arc<CachedFile>,
+        who: Holder,
+        offset: u64,
+        len: u32,
+    ) -> Result<Vec<u8>, CacheError> {
         let ticket = self.ticket();
         self.cache.read(ticket, file, who, offset, len);
         match self.wait(ticket) {
@@ -263,12 +326,21 @@ impl Rig {
     pub fn until(&mut self, what: &str, mut is: impl FnMut(&CacheStats) -> bool) {
         let start = Instant::now();
         while !is(&self.cache.stats()) {
-            assert!(start.elapsed() < Duration::from_secs(10), "{what}: {:?}", self.cache.stats());
+            assert!(
+                start.elapsed() < Duration::from_secs(10),
+                "{what}: {:?}",
+                self.cache.stats()
+            );
             self.pump(Duration::from_millis(2));
         }
     }
 }
 
 pub fn spec(name: &str, path: PathBuf) -> ExportSpec {
-    ExportSpec { name: name.into(), path, group: "g".into(), mode: ExportMode::ReadOnly }
+    ExportSpec {
+        name: name.into(),
+        path,
+        group: "g".into(),
+        mode: ExportMode::ReadOnly,
+    }
 }
