@@ -33,7 +33,9 @@ pub fn from_memory(file: &TestFile) -> Result<BareService> {
     let writer = frames.try_clone()?;
     let service = BareService::start(frames.as_fd(), file.bytes() as usize, move |page| {
         let at = page as usize * PAGE_SIZE;
-        let bytes = content.get(at..at + PAGE_SIZE).ok_or(io::ErrorKind::UnexpectedEof)?;
+        let bytes = content
+            .get(at..at + PAGE_SIZE)
+            .ok_or(io::ErrorKind::UnexpectedEof)?;
         writer.write_all_at(bytes, at as u64)?;
         Ok(page..page + 1)
     })?;
@@ -69,13 +71,20 @@ impl Remote {
         )?;
         let child = role::command(Role::BareServer)?
             .arg(&file.path)
-            .arg(if options.read == ReadKind::Direct { "direct" } else { "buffered" })
+            .arg(if options.read == ReadKind::Direct {
+                "direct"
+            } else {
+                "buffered"
+            })
             .arg(options.frames_max.to_string())
             .stdin(Stdio::from(far))
             .stdout(Stdio::from(OwnedFd::from(frames.try_clone()?)))
             .spawn()
             .context("the bare server's process")?;
-        let mut remote = Self { service: None, child };
+        let mut remote = Self {
+            service: None,
+            child,
+        };
         let started = BareService::start(frames.as_fd(), file.bytes() as usize, move |page| {
             rustix::net::send(&near, &page.to_le_bytes(), SendFlags::NOSIGNAL)?;
             let mut answer = [0; 8];
@@ -91,7 +100,9 @@ impl Remote {
 
     /// The mapping.
     pub fn mapping(&self) -> Result<&BareService> {
-        self.service.as_ref().context("a bare service that did not start")
+        self.service
+            .as_ref()
+            .context("a bare service that did not start")
     }
 }
 
@@ -105,8 +116,14 @@ impl Drop for Remote {
 
 /// The far end: the socket is stdin, the frame file stdout. FILE direct|buffered FRAMES_MAX.
 pub fn server_main(args: &[OsString]) -> Result<()> {
-    let [path, kind, frames_max] = args else { bail!("FILE direct|buffered FRAMES_MAX") };
-    let kind = if kind == "direct" { ReadKind::Direct } else { ReadKind::Buffered };
+    let [path, kind, frames_max] = args else {
+        bail!("FILE direct|buffered FRAMES_MAX")
+    };
+    let kind = if kind == "direct" {
+        ReadKind::Direct
+    } else {
+        ReadKind::Buffered
+    };
     let frames_max: usize = frames_max.to_str().context("FRAMES_MAX")?.parse()?;
     let mut reader = PageReader::open(Path::new(path), kind, 1)?;
     let (socket, frames) = (rustix::stdio::stdin(), rustix::stdio::stdout());

@@ -37,30 +37,51 @@ fn one(setting: &Setting, file: &TestFile, share: u64, rows: &mut Vec<Row>) -> R
     // A side fills its budget before the clock starts, and every repetition has its own accesses.
     let mut measure = |side: usize, rep: usize, bytes: VolatileBytes<'_>| {
         let mut random = Random::new(1000 * share + rep as u64);
-        let mut accesses = |count: u64| -> Vec<u64> {
-            (0..count).map(|_| random.below(file.pages)).collect()
-        };
-        let (filling, timed) = (accesses(2 * frames_max), accesses(sizes.working_set_accesses));
+        let mut accesses =
+            |count: u64| -> Vec<u64> { (0..count).map(|_| random.below(file.pages)).collect() };
+        let (filling, timed) = (
+            accesses(2 * frames_max),
+            accesses(sizes.working_set_accesses),
+        );
         let got = reader::touch(bytes, filling.iter().copied());
-        reader::check("filling the budget", got, reader::expected_touch(file.seed, filling))?;
+        reader::check(
+            "filling the budget",
+            got,
+            reader::expected_touch(file.seed, filling),
+        )?;
         let (before, begin) = (Faults::of_thread()?, Instant::now());
         let got = reader::touch(bytes, timed.iter().copied());
         let seconds = begin.elapsed().as_secs_f64();
         faults[side] = Faults::of_thread()?.since(before);
-        reader::check("a working set over the budget", got, reader::expected_touch(file.seed, timed))?;
+        reader::check(
+            "a working set over the budget",
+            got,
+            reader::expected_touch(file.seed, timed),
+        )?;
         anyhow::Ok(sizes.working_set_accesses as f64 / seconds)
     };
     let mut used_most = 0;
     let [copage, direct, buffered] = interleaved::<3>(sizes.reps_long.min(3), |side, rep| {
         if side == 0 {
-            let daemon = Daemon::start(setting, &dir, DaemonOptions { frames_mib, huge: true })?;
+            let daemon = Daemon::start(
+                setting,
+                &dir,
+                DaemonOptions {
+                    frames_mib,
+                    huge: true,
+                },
+            )?;
             let client = daemon.connect()?;
             let (_open, mapping) = daemon::map(&client, file.name())?;
             let rate = measure(side, rep, mapping.as_volatile());
             used_most = used_most.max(daemon.stats()?.frames_used);
             return rate;
         }
-        let read = if side == 1 { ReadKind::Direct } else { ReadKind::Buffered };
+        let read = if side == 1 {
+            ReadKind::Direct
+        } else {
+            ReadKind::Buffered
+        };
         if read == ReadKind::Buffered {
             files::warm(&file.path)?;
         }
@@ -70,18 +91,27 @@ fn one(setting: &Setting, file: &TestFile, share: u64, rows: &mut Vec<Row>) -> R
     let row = |name, samples| {
         Row::new(
             NAME,
-            format!("random accesses a second, {frames_mib} of {} MiB (1/{share})", sizes.working_set_mib),
+            format!(
+                "random accesses a second, {frames_mib} of {} MiB (1/{share})",
+                sizes.working_set_mib
+            ),
             Unit::PerSecond,
         )
         .copage(&copage)
         .against(name, samples)
     };
-    let over = if used_most > frames_max { " OVER THE BUDGET" } else { "" };
+    let over = if used_most > frames_max {
+        " OVER THE BUDGET"
+    } else {
+        ""
+    };
     rows.push(
         row("bare loop, O_DIRECT", &direct)
             .ratio_at_least(0.8)
             .faults(faults[0], faults[1])
-            .note(format!("copage used {used_most} of {frames_max} frames{over}")),
+            .note(format!(
+                "copage used {used_most} of {frames_max} frames{over}"
+            )),
     );
     rows.push(
         row("bare loop, pread from page cache", &buffered)

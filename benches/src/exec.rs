@@ -23,7 +23,10 @@ pub fn run(setting: &Setting, rows: &mut Vec<Row>) -> Result<()> {
     let program = match Program::find() {
         Ok(program) => program,
         Err(error) => {
-            rows.push(Row::new(NAME, "execve off the share", Unit::Seconds).note(format!("not here: {error:#}")));
+            rows.push(
+                Row::new(NAME, "execve off the share", Unit::Seconds)
+                    .note(format!("not here: {error:#}")),
+            );
             return Ok(());
         }
     };
@@ -36,8 +39,14 @@ pub fn run(setting: &Setting, rows: &mut Vec<Row>) -> Result<()> {
         program.copy_flat(&tmpfs.path().join("flat"))?;
         program.copy_rooted(&tmpfs.path().join("root"))?;
     }
-    let tmpfs = tmpfs.as_ref().map(|t| t.path()).map_err(|e| format!("{e:#}"));
-    let options = DaemonOptions { frames_mib: 256, huge: true };
+    let tmpfs = tmpfs
+        .as_ref()
+        .map(|t| t.path())
+        .map_err(|e| format!("{e:#}"));
+    let options = DaemonOptions {
+        frames_mib: 256,
+        huge: true,
+    };
     let daemon = Daemon::start(setting, &dir, options)?;
     through_mount(setting, &daemon, &program, &flat, &tmpfs, rows)?;
     // The command's own export is rooted where the program's paths are.
@@ -46,8 +55,13 @@ pub fn run(setting: &Setting, rows: &mut Vec<Row>) -> Result<()> {
 }
 
 fn tmpfs_dir() -> Result<tempfile::TempDir> {
-    ensure!(files::filesystem(Path::new(TMPFS))? == "tmpfs", "{TMPFS} is no tmpfs");
-    Ok(tempfile::Builder::new().prefix("copage-bench-").tempdir_in(TMPFS)?)
+    ensure!(
+        files::filesystem(Path::new(TMPFS))? == "tmpfs",
+        "{TMPFS} is no tmpfs"
+    );
+    Ok(tempfile::Builder::new()
+        .prefix("copage-bench-")
+        .tempdir_in(TMPFS)?)
 }
 
 /// Starts programs one after the other: seconds for each, and their faults.
@@ -83,7 +97,10 @@ fn through_mount(
     tmpfs: &Result<&Path, String>,
     rows: &mut Vec<Row>,
 ) -> Result<()> {
-    let what = format!("execve {} off the mount, loader and libraries too", program.name());
+    let what = format!(
+        "execve {} off the mount, loader and libraries too",
+        program.name()
+    );
     let row = || Row::new(NAME, what.clone(), Unit::Seconds);
     let mounted = match Mounted::start(setting, daemon) {
         Ok(mounted) => mounted,
@@ -94,11 +111,19 @@ fn through_mount(
     };
     let below_mount = mounted.dir().join("flat");
     let on_tmpfs = tmpfs.as_ref().map(|t| t.join("flat")).ok();
-    let dirs: [PathBuf; 4] =
-        [below_mount.clone(), on_tmpfs.clone().unwrap_or(below_mount), flat.to_owned(), flat.to_owned()];
+    let dirs: [PathBuf; 4] = [
+        below_mount.clone(),
+        on_tmpfs.clone().unwrap_or(below_mount),
+        flat.to_owned(),
+        flat.to_owned(),
+    ];
     let expected = program.output()?;
     for dir in &dirs {
-        check(&format!("{} in {}", program.name(), dir.display()), program.command_flat(dir), &expected)?;
+        check(
+            &format!("{} in {}", program.name(), dir.display()),
+            program.command_flat(dir),
+            &expected,
+        )?;
     }
     // The mount says nothing of how it serves a file; the daemon knows what it has pinned.
     let open = std::fs::File::open(dirs[0].join(program.name()))?;
@@ -131,7 +156,9 @@ fn through_mount(
             .ratio_at_most(1.05)
             .faults(faults[0], faults[1])
             .note(how),
-        (None, why) => row().copage(&samples[0]).note(format!("not compared with tmpfs: {why:?}")),
+        (None, why) => row()
+            .copage(&samples[0])
+            .note(format!("not compared with tmpfs: {why:?}")),
     });
     for (side, name) in [(2, "warm"), (3, "cold (aim: below it)")] {
         rows.push(
@@ -156,7 +183,10 @@ fn by_command(
     let expected = program.output()?;
     let ours = || -> Result<Command> {
         let mut command = role::command(Role::Exec)?;
-        command.arg(daemon.socket()).arg(program.path()).arg(ARGUMENT);
+        command
+            .arg(daemon.socket())
+            .arg(program.path())
+            .arg(ARGUMENT);
         Ok(command)
     };
     let what = format!("copage exec {}: the whole command", program.name());

@@ -17,8 +17,10 @@ const NAME: &str = "fault";
 pub fn run(setting: &Setting, rows: &mut Vec<Row>) -> Result<()> {
     let dir = setting.subdir("fault")?;
     let file = TestFile::make(&dir, "file", setting.sizes.touch_pages, 31)?;
-    let options =
-        DaemonOptions { frames_mib: 2 * (file.pages / PAGES_PER_MIB).max(4), huge: true };
+    let options = DaemonOptions {
+        frames_mib: 2 * (file.pages / PAGES_PER_MIB).max(4),
+        huge: true,
+    };
     for guests in [1, 4] {
         let daemon = Daemon::start(setting, &dir, options)?;
         latency(setting, &daemon, &file, guests, rows)?;
@@ -32,7 +34,12 @@ pub fn run(setting: &Setting, rows: &mut Vec<Row>) -> Result<()> {
 
 fn connected(daemon: &Daemon, file: &TestFile, count: usize) -> Result<Vec<Guest>> {
     let mut guests = Guest::spawn_connected(count, &daemon.socket())?;
-    guest::order_all(&mut guests, &Order::Map { name: file.name().to_owned() })?;
+    guest::order_all(
+        &mut guests,
+        &Order::Map {
+            name: file.name().to_owned(),
+        },
+    )?;
     Ok(guests)
 }
 
@@ -47,11 +54,22 @@ fn latency(
     let parts = count as u64;
     for (part, guest) in guests.iter_mut().enumerate() {
         let count = setting.sizes.fault_count / parts;
-        guest.send(&Order::Latency { seed: file.seed, count, part: part as u64, parts })?;
+        guest.send(&Order::Latency {
+            seed: file.seed,
+            count,
+            part: part as u64,
+            parts,
+        })?;
     }
     let mut all = Samples::default();
     for guest in &mut guests {
-        all.extend(guest.receive()?.latencies_ns.into_iter().map(|ns| ns as f64 * 1e-9));
+        all.extend(
+            guest
+                .receive()?
+                .latencies_ns
+                .into_iter()
+                .map(|ns| ns as f64 * 1e-9),
+        );
     }
     for (share, name) in [(0.5, "p50"), (0.99, "p99")] {
         let row = Row::new(

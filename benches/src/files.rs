@@ -44,7 +44,10 @@ impl TestFile {
 
     /// The name in its directory.
     pub fn name(&self) -> &str {
-        self.path.file_name().and_then(|n| n.to_str()).unwrap_or_default()
+        self.path
+            .file_name()
+            .and_then(|n| n.to_str())
+            .unwrap_or_default()
     }
 
     /// The sum of all words.
@@ -106,17 +109,26 @@ impl PageReader {
         if kind == ReadKind::Direct {
             options.custom_flags(i32::try_from(OFlags::DIRECT.bits())?);
         }
-        let file = options.open(path).with_context(|| format!("{} ({kind:?})", path.display()))?;
+        let file = options
+            .open(path)
+            .with_context(|| format!("{} ({kind:?})", path.display()))?;
         let buffer = vec![0; (pages_max + 1) * PAGE_SIZE];
         let start = buffer.as_ptr().align_offset(PAGE_SIZE);
         ensure!(start < PAGE_SIZE, "a buffer that cannot be aligned");
-        Ok(Self { file, buffer, start })
+        Ok(Self {
+            file,
+            buffer,
+            start,
+        })
     }
 
     /// Pages `first..first + count`, all of which the file must hold.
     pub fn read(&mut self, first: u64, count: usize) -> Result<&[u8]> {
         let range = self.start..self.start + count * PAGE_SIZE;
-        let into = self.buffer.get_mut(range).context("more pages than the buffer holds")?;
+        let into = self
+            .buffer
+            .get_mut(range)
+            .context("more pages than the buffer holds")?;
         let got = self.file.read_at(into, first * PAGE_SIZE as u64)?;
         if got != into.len() {
             bail!("a short read: {got} of {} bytes", into.len());
@@ -132,7 +144,11 @@ pub fn filesystem(path: &Path) -> Result<String> {
     let mut best = (0, String::from("unknown"));
     for line in mounts.lines() {
         let point = line.split(' ').nth(4).unwrap_or_default();
-        let kind = line.split(" - ").nth(1).and_then(|s| s.split(' ').next()).unwrap_or_default();
+        let kind = line
+            .split(" - ")
+            .nth(1)
+            .and_then(|s| s.split(' ').next())
+            .unwrap_or_default();
         // Later lines lie over earlier ones.
         if path.starts_with(point) && point.len() >= best.0 {
             best = (point.len(), kind.to_owned());
@@ -153,9 +169,13 @@ mod tests {
             let Ok(mut reader) = PageReader::open(&file.path, kind, 4) else {
                 continue; // a tmpfs that refuses O_DIRECT
             };
-            let sum = reader.read(1, 4).unwrap().chunks_exact(8).fold(0u64, |s, w| {
-                s.wrapping_add(u64::from_le_bytes(w.try_into().unwrap()))
-            });
+            let sum = reader
+                .read(1, 4)
+                .unwrap()
+                .chunks_exact(8)
+                .fold(0u64, |s, w| {
+                    s.wrapping_add(u64::from_le_bytes(w.try_into().unwrap()))
+                });
             assert_eq!(sum, pattern::sum_pages(9, 1, 4));
             assert!(reader.read(3, 3).is_err(), "past the end");
             assert!(reader.read(0, 5).is_err(), "more than the buffer");

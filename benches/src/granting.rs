@@ -40,7 +40,10 @@ pub fn run(setting: &Setting, rows: &mut Vec<Row>) -> Result<()> {
     let backend = match LocalBackend::new(LocalConfig::default()) {
         Ok(backend) => backend,
         Err(error) => {
-            rows.push(Row::new(NAME, "grants a second", Unit::PerSecond).note(format!("not here: {error}")));
+            rows.push(
+                Row::new(NAME, "grants a second", Unit::PerSecond)
+                    .note(format!("not here: {error}")),
+            );
             return Ok(());
         }
     };
@@ -61,14 +64,23 @@ pub fn run(setting: &Setting, rows: &mut Vec<Row>) -> Result<()> {
             }
             let seconds = begin.elapsed().as_secs_f64();
             let expected = u32::from(dom.0) << 16 | PERMIT_READONLY;
-            ensure!(table.iter().all(|e| e.head.load(Ordering::Relaxed) == expected), "WRONG BYTES: raw entries");
+            ensure!(
+                table
+                    .iter()
+                    .all(|e| e.head.load(Ordering::Relaxed) == expected),
+                "WRONG BYTES: raw entries"
+            );
             Ok(count as f64 / seconds)
         })?;
         rows.push(
-            Row::new(NAME, format!("grants a second, ledger and quota, batches of {batch}"), Unit::PerSecond)
-                .copage(&copage)
-                .against("storing raw entries", &raw)
-                .ratio_at_least(0.5),
+            Row::new(
+                NAME,
+                format!("grants a second, ledger and quota, batches of {batch}"),
+                Unit::PerSecond,
+            )
+            .copage(&copage)
+            .against("storing raw entries", &raw)
+            .ratio_at_least(0.5),
         );
     }
     Ok(())

@@ -8,7 +8,7 @@ use crate::reader;
 use crate::role::{self, Role};
 use anyhow::{Context, Result, bail};
 use copage_mmap::native::NativeMapping;
-use copage_mmap::{Client, ConnectOptions, File, Mapping};
+use copage_mmap::{Client, ConnectOptions, Mapping};
 use serde::{Deserialize, Serialize};
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Write};
@@ -85,7 +85,11 @@ impl Guest {
             .context("a guest's process")?;
         let orders = child.stdin.take();
         let answers = child.stdout.take().context("a guest's stdout")?;
-        Ok(Self { child, orders, answers: BufReader::new(answers) })
+        Ok(Self {
+            child,
+            orders,
+            answers: BufReader::new(answers),
+        })
     }
 
     /// Starts `count` guests with a session each.
@@ -93,7 +97,9 @@ impl Guest {
         let mut guests = Vec::new();
         for _ in 0..count {
             let mut guest = Self::spawn()?;
-            guest.order(&Order::Connect { socket: socket.to_owned() })?;
+            guest.order(&Order::Connect {
+                socket: socket.to_owned(),
+            })?;
             guests.push(guest);
         }
         Ok(guests)
@@ -150,14 +156,14 @@ impl Drop for Guest {
 }
 
 enum Mapped {
-    Shared(File, Mapping),
+    Shared(Mapping),
     Native(NativeMapping),
 }
 
 impl Mapped {
     fn bytes(&self) -> copage_grants::volatile::VolatileBytes<'_> {
         match self {
-            Self::Shared(_, mapping) => mapping.as_volatile(),
+            Self::Shared(mapping) => mapping.as_volatile(),
             Self::Native(mapping) => mapping.as_volatile(),
         }
     }
@@ -183,15 +189,16 @@ impl State {
             }
             Order::Map { name } => {
                 let client = self.client.as_ref().context("no session")?;
-                let (file, mapping) = daemon::map(client, &name)?;
-                self.mapped = Some(Mapped::Shared(file, mapping));
+                // The mapping keeps the file open.
+                let (_, mapping) = daemon::map(client, &name)?;
+                self.mapped = Some(Mapped::Shared(mapping));
             }
             Order::MapNative { path } => {
                 let file = std::fs::File::open(path)?;
                 self.mapped = Some(Mapped::Native(NativeMapping::new(&file, false)?));
             }
             Order::Populate => match self.mapped.as_ref().context("nothing is mapped")? {
-                Mapped::Shared(_, mapping) => mapping.populate(0..mapping.len())?,
+                Mapped::Shared(mapping) => mapping.populate(0..mapping.len())?,
                 Mapped::Native(_) => bail!("a native mapping"),
             },
             Order::Sum => answer.sum = reader::sum_all(self.bytes()?),
@@ -200,11 +207,20 @@ impl State {
                 let pages = (bytes.len() / copage_grants::PAGE_SIZE) as u64;
                 answer.sum = reader::touch(bytes, 0..pages);
             }
-            Order::Latency { seed, count, part, parts } => {
+            Order::Latency {
+                seed,
+                count,
+                part,
+                parts,
+            } => {
                 let bytes = self.bytes()?;
                 let pages = (bytes.len() / copage_grants::PAGE_SIZE) as u64;
                 let own = Random::new(seed ^ part).permutation(pages / parts);
-                for page in own.into_iter().take(count as usize).map(|i| i * parts + part) {
+                for page in own
+                    .into_iter()
+                    .take(count as usize)
+                    .map(|i| i * parts + part)
+                {
                     let begin = Instant::now();
                     let word = reader::touch(bytes, [page]);
                     answer.latencies_ns.push(begin.elapsed().as_nanos() as u64);

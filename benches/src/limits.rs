@@ -29,7 +29,8 @@ pub struct Sizes {
     pub grant_frames: u64,
     /// Cold faults timed one by one.
     pub fault_count: u64,
-    /// The random working set, in MiB; a sixteenth of it is the smallest budget.
+    /// The random working set, in MiB; a sixteenth of it is the smallest budget, and a daemon's
+    /// smallest is 4 MiB.
     pub working_set_mib: u64,
     /// Random accesses with each budget.
     pub working_set_accesses: u64,
@@ -53,7 +54,7 @@ impl Sizes {
                 memory_pages: 8 * PAGES_PER_MIB,
                 grant_frames: 4096,
                 fault_count: 400,
-                working_set_mib: 16,
+                working_set_mib: 64,
                 working_set_accesses: 1500,
                 idle_ms: 3000,
             }

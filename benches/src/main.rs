@@ -44,15 +44,51 @@ struct Bench {
 }
 
 const BENCHES: [Bench; 9] = [
-    Bench { name: "warm", about: "reading through a warm mapping", run: warm::run },
-    Bench { name: "touch", about: "first touch by the library", run: touch::run },
-    Bench { name: "mount", about: "first touch through the mount", run: mount::run },
-    Bench { name: "exec", about: "starting a dynamic program off the share", run: exec::run },
-    Bench { name: "memory", about: "memory when 1, 4, 16 guests map one file", run: memory::run },
-    Bench { name: "grant", about: "granting, against storing raw entries", run: granting::run },
-    Bench { name: "fault", about: "fault to first byte; mapped pages a second", run: fault::run },
-    Bench { name: "budget", about: "a random working set over the budget", run: budget::run },
-    Bench { name: "idle", about: "wake-ups and memory of an idle daemon", run: idle::run },
+    Bench {
+        name: "warm",
+        about: "reading through a warm mapping",
+        run: warm::run,
+    },
+    Bench {
+        name: "touch",
+        about: "first touch by the library",
+        run: touch::run,
+    },
+    Bench {
+        name: "mount",
+        about: "first touch through the mount",
+        run: mount::run,
+    },
+    Bench {
+        name: "exec",
+        about: "starting a dynamic program off the share",
+        run: exec::run,
+    },
+    Bench {
+        name: "memory",
+        about: "memory when 1, 4, 16 guests map one file",
+        run: memory::run,
+    },
+    Bench {
+        name: "grant",
+        about: "granting, against storing raw entries",
+        run: granting::run,
+    },
+    Bench {
+        name: "fault",
+        about: "fault to first byte; mapped pages a second",
+        run: fault::run,
+    },
+    Bench {
+        name: "budget",
+        about: "a random working set over the budget",
+        run: budget::run,
+    },
+    Bench {
+        name: "idle",
+        about: "wake-ups and memory of an idle daemon",
+        run: idle::run,
+    },
 ];
 
 /// Measures copage beside native mappings, bare fault services and raw stores, and prints ratios.
@@ -60,11 +96,14 @@ const BENCHES: [Bench; 9] = [
 /// A ratio is copage's median through the other's; values are medians with [smallest - largest].
 /// The exit code says whether every byte was right, not whether a budget is met.
 #[derive(Parser)]
-#[command(name = "copage-bench", after_help = "Examples:\n  \
+#[command(
+    name = "copage-bench",
+    after_help = "Examples:\n  \
     copage-bench                  everything, some minutes\n  \
     copage-bench --quick          everything small: a smoke test\n  \
     copage-bench warm mount       two of them\n  \
-    copage-bench --json > r.json  for other programs")]
+    copage-bench --json > r.json  for other programs"
+)]
 struct Args {
     /// Benches to run; none named: all.
     names: Vec<String>,
@@ -105,7 +144,11 @@ fn run(args: &Args) -> Result<bool> {
         }
         return Ok(true);
     }
-    if let Some(name) = args.names.iter().find(|n| BENCHES.iter().all(|b| b.name != n.as_str())) {
+    if let Some(name) = args
+        .names
+        .iter()
+        .find(|n| BENCHES.iter().all(|b| b.name != n.as_str()))
+    {
         bail!("there is no bench {name:?}; --list names them");
     }
     let chosen = BENCHES
@@ -153,9 +196,15 @@ fn machine(setting: &Setting) -> String {
     } else {
         ""
     };
-    let quick = if setting.sizes.quick { "; --quick: the figures mean little" } else { "" };
+    let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    let load = load.split(' ').next().unwrap_or("?");
+    let quick = if setting.sizes.quick {
+        "; --quick: the figures mean little"
+    } else {
+        ""
+    };
     format!(
-        "{} {}, {cpus} CPUs; test files on {}{in_memory} in {}{quick}",
+        "{} {}, {cpus} CPUs, load {load} at the start; test files on {}{in_memory} in {}{quick}",
         uname.sysname().to_string_lossy(),
         uname.release().to_string_lossy(),
         setting.filesystem,

@@ -38,7 +38,10 @@ pub fn run(setting: &Setting, rows: &mut Vec<Row>) -> Result<()> {
 }
 
 fn options(file: &TestFile, huge: bool) -> DaemonOptions {
-    DaemonOptions { frames_mib: 2 * (file.pages / PAGES_PER_MIB).max(4), huge }
+    DaemonOptions {
+        frames_mib: 2 * (file.pages / PAGES_PER_MIB).max(4),
+        huge,
+    }
 }
 
 /// Maps an open file afresh and touches pages: seconds for each, unmapping not counted.
@@ -69,9 +72,16 @@ fn resident(setting: &Setting, file: &TestFile, huge: bool, rows: &mut Vec<Row>)
     let stats = daemon.stats()?;
     let how = match stats.frames_pinned {
         0 => "through the page cache: no frame is pinned".to_owned(),
-        pinned => format!("passthrough: {pinned} frames pinned, {} of them huge", stats.frames_huge),
+        pinned => format!(
+            "passthrough: {pinned} frames pinned, {} of them huge",
+            stats.frames_huge
+        ),
     };
-    let frames = if huge { "2 MiB frames (aim 0.6)" } else { "4 KiB frames" };
+    let frames = if huge {
+        "2 MiB frames (aim 0.6)"
+    } else {
+        "4 KiB frames"
+    };
     let in_order: Vec<u64> = (0..file.pages).collect();
     let random = Random::new(8).permutation(file.pages);
     for (name, order) in [("in order", in_order), ("random", random)] {
@@ -82,12 +92,16 @@ fn resident(setting: &Setting, file: &TestFile, huge: bool, rows: &mut Vec<Row>)
             touch(opened, file.seed, &order, expected, &mut faults[side])
         })?;
         rows.push(
-            Row::new(NAME, format!("first touch, mount, resident file, {name}, {frames}"), Unit::Seconds)
-                .copage(&copage)
-                .against(format!("{} warm", setting.native()), &native)
-                .ratio_at_most(1.1)
-                .faults(faults[0], faults[1])
-                .note(how.clone()),
+            Row::new(
+                NAME,
+                format!("first touch, mount, resident file, {name}, {frames}"),
+                Unit::Seconds,
+            )
+            .copage(&copage)
+            .against(format!("{} warm", setting.native()), &native)
+            .ratio_at_most(1.1)
+            .faults(faults[0], faults[1])
+            .note(how.clone()),
         );
     }
     Ok(())
@@ -116,10 +130,14 @@ fn cold(setting: &Setting, file: &TestFile, rows: &mut Vec<Row>) -> Result<()> {
         })?;
         let mib = file.pages / PAGES_PER_MIB;
         rows.push(
-            Row::new(NAME, format!("open a cold file of {mib} MiB and touch {what}"), Unit::Seconds)
-                .copage(&copage)
-                .against(format!("{} cold", setting.native()), &native)
-                .faults(faults[0], faults[1]),
+            Row::new(
+                NAME,
+                format!("open a cold file of {mib} MiB and touch {what}"),
+                Unit::Seconds,
+            )
+            .copage(&copage)
+            .against(format!("{} cold", setting.native()), &native)
+            .faults(faults[0], faults[1]),
         );
     }
     Ok(())

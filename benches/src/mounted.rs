@@ -37,7 +37,11 @@ impl Mounted {
             .stderr(Stdio::piped())
             .spawn()
             .context("the mount's process")?;
-        let mut mounted = Self { child, dir, mounted: false };
+        let mut mounted = Self {
+            child,
+            dir,
+            mounted: false,
+        };
         let up = wait_for(MOUNT_MAX, || {
             if matches!(mounted.child.try_wait(), Ok(Some(_)) | Err(_)) {
                 return Some(false);

@@ -22,7 +22,10 @@ impl Faults {
         // state is field 3.
         let rest = stat.get(stat.rfind(')')? + 1..)?;
         let field = |n: usize| rest.split_whitespace().nth(n - 3)?.parse().ok();
-        Some(Self { minor: field(minor_field)?, major: field(minor_field + 2)? })
+        Some(Self {
+            minor: field(minor_field)?,
+            major: field(minor_field + 2)?,
+        })
     }
 
     /// Of the calling thread.
@@ -37,7 +40,10 @@ impl Faults {
 
     /// Those since `earlier`: (minor, major).
     pub fn since(self, earlier: Self) -> (u64, u64) {
-        (self.minor.saturating_sub(earlier.minor), self.major.saturating_sub(earlier.major))
+        (
+            self.minor.saturating_sub(earlier.minor),
+            self.major.saturating_sub(earlier.major),
+        )
     }
 }
 
@@ -68,7 +74,10 @@ impl Memory {
 pub fn sleeps(pid: u32) -> Result<u64> {
     let mut sum = 0;
     for task in fs::read_dir(format!("/proc/{pid}/task"))? {
-        sum += kib(&read(task?.path().join("status"))?, "voluntary_ctxt_switches:");
+        sum += kib(
+            &read(task?.path().join("status"))?,
+            "voluntary_ctxt_switches:",
+        );
     }
     Ok(sum)
 }
@@ -76,13 +85,22 @@ pub fn sleeps(pid: u32) -> Result<u64> {
 /// CPU time of `pid` so far, in clock ticks (user and system).
 pub fn cpu_ticks(pid: u32) -> Result<u64> {
     let stat = read(format!("/proc/{pid}/stat"))?;
-    let rest = stat.rfind(')').and_then(|at| stat.get(at + 1..)).unwrap_or_default();
-    Ok(rest.split_whitespace().skip(11).take(2).filter_map(|f| f.parse::<u64>().ok()).sum())
+    let rest = stat
+        .rfind(')')
+        .and_then(|at| stat.get(at + 1..))
+        .unwrap_or_default();
+    Ok(rest
+        .split_whitespace()
+        .skip(11)
+        .take(2)
+        .filter_map(|f| f.parse::<u64>().ok())
+        .sum())
 }
 
 fn kib(text: &str, name: &str) -> u64 {
     let line = text.lines().find_map(|line| line.strip_prefix(name));
-    line.and_then(|rest| rest.split_whitespace().next()?.parse().ok()).unwrap_or(0)
+    line.and_then(|rest| rest.split_whitespace().next()?.parse().ok())
+        .unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -93,8 +111,20 @@ mod tests {
     fn stat_is_read_behind_the_name() {
         let stat = "1 (a) b) S 2 3 4 5 6 7 80 90 100 110 12 13";
         let own = Faults::from_stat(stat, 10).unwrap();
-        assert_eq!(own, Faults { minor: 80, major: 100 });
-        assert_eq!(Faults::from_stat(stat, 11), Some(Faults { minor: 90, major: 110 }));
+        assert_eq!(
+            own,
+            Faults {
+                minor: 80,
+                major: 100
+            }
+        );
+        assert_eq!(
+            Faults::from_stat(stat, 11),
+            Some(Faults {
+                minor: 90,
+                major: 110
+            })
+        );
         assert_eq!(own.since(own), (0, 0));
     }
 

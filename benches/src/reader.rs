@@ -7,7 +7,9 @@ use copage_grants::volatile::VolatileBytes;
 
 /// Adds up the first words of these cache lines.
 pub fn sum_lines(bytes: VolatileBytes<'_>, lines: &[u32]) -> u64 {
-    lines.iter().fold(0, |sum, &line| sum.wrapping_add(read_word(bytes, line as usize * LINE_BYTES)))
+    lines.iter().fold(0, |sum, &line| {
+        sum.wrapping_add(read_word(bytes, line as usize * LINE_BYTES))
+    })
 }
 
 /// What [`sum_lines`] must give.
@@ -25,22 +27,24 @@ pub fn sum_all(bytes: VolatileBytes<'_>) -> u64 {
         // Copied first: checking bounds word by word would cost more than the memory does.
         let got = bytes.read_into(index * PAGE_SIZE, &mut page);
         let words = page[..got].as_chunks::<8>().0;
-        words.iter().fold(sum, |sum: u64, word| sum.wrapping_add(u64::from_le_bytes(*word)))
+        words.iter().fold(sum, |sum: u64, word| {
+            sum.wrapping_add(u64::from_le_bytes(*word))
+        })
     })
 }
 
 /// Touches these pages: adds up their first words.
 pub fn touch(bytes: VolatileBytes<'_>, pages: impl IntoIterator<Item = u64>) -> u64 {
-    pages
-        .into_iter()
-        .fold(0, |sum, page| sum.wrapping_add(read_word(bytes, page as usize * PAGE_SIZE)))
+    pages.into_iter().fold(0, |sum, page| {
+        sum.wrapping_add(read_word(bytes, page as usize * PAGE_SIZE))
+    })
 }
 
 /// What [`touch`] must give.
 pub fn expected_touch(seed: u64, pages: impl IntoIterator<Item = u64>) -> u64 {
-    pages
-        .into_iter()
-        .fold(0, |sum, page| sum.wrapping_add(pattern::word(seed, page * WORDS_PER_PAGE)))
+    pages.into_iter().fold(0, |sum, page| {
+        sum.wrapping_add(pattern::word(seed, page * WORDS_PER_PAGE))
+    })
 }
 
 /// The word at byte `offset`; the caller keeps inside the mapping, outside is 0 and so a wrong sum.
@@ -51,6 +55,9 @@ pub fn read_word(bytes: VolatileBytes<'_>, offset: usize) -> u64 {
 
 /// Wrong bytes are the one thing that makes a bench fail.
 pub fn check(what: &str, got: u64, expected: u64) -> Result<()> {
-    ensure!(got == expected, "WRONG BYTES: {what}: sum {got:#x}, expected {expected:#x}");
+    ensure!(
+        got == expected,
+        "WRONG BYTES: {what}: sum {got:#x}, expected {expected:#x}"
+    );
     Ok(())
 }

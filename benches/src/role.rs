@@ -1,7 +1,14 @@
 //! The processes that a bench is made of: this program again, in another role.
 
-use anyhow::{Context, Result, bail};
+use crate::daemon::EXPORT;
+use anyhow::{Context, Result, bail, ensure};
+use copage::config::Config;
+use copage::serve::{Daemon, RunOptions};
+use copage_grants::sys::SignalFd;
+use copage_mmap::exec::{self, Running, Search};
+use copage_mmap::{Client, ConnectOptions, mount};
 use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// What a process of the benches is.
@@ -32,7 +39,10 @@ impl Role {
     ];
 
     fn name(self) -> &'static str {
-        Self::ALL.iter().find(|(role, _)| *role == self).map_or("", |(_, name)| name)
+        Self::ALL
+            .iter()
+            .find(|(role, _)| *role == self)
+            .map_or("", |(_, name)| name)
     }
 }
 
@@ -52,7 +62,10 @@ pub fn play() -> Option<Result<()>> {
     }
     let name = args.next()?;
     let rest: Vec<OsString> = args.collect();
-    let role = Role::ALL.iter().find(|(_, n)| name == *n).map(|(role, _)| *role);
+    let role = Role::ALL
+        .iter()
+        .find(|(_, n)| name == *n)
+        .map(|(role, _)| *role);
     Some(match role {
         Some(Role::Daemon) => daemon(&rest),
         Some(Role::Guest) => crate::guest::main(&rest),
@@ -64,16 +77,54 @@ pub fn play() -> Option<Result<()>> {
 }
 
 fn daemon(args: &[OsString]) -> Result<()> {
-    let [_config, _run_dir] = args else { bail!("CONFIG RUN_DIR") };
-    bail!("not yet")
+    let [config, run_dir] = args else {
+        bail!("CONFIG RUN_DIR")
+    };
+    let mut config = Config::load(Path::new(config))?.config;
+    config.run_dir = PathBuf::from(run_dir);
+    Daemon::run(&config, RunOptions::default())?;
+    Ok(())
 }
 
 fn mount(args: &[OsString]) -> Result<()> {
-    let [_socket, _export, _dir] = args else { bail!("SOCKET EXPORT DIR") };
-    bail!("not yet")
+    let [socket, export, dir] = args else {
+        bail!("SOCKET EXPORT DIR")
+    };
+    let mounted = mount::mount(&mount::Options {
+        target: mount::Target {
+            socket: PathBuf::from(socket),
+            connect: ConnectOptions::default(),
+            export: export.to_string_lossy().into_owned(),
+        },
+        dir: PathBuf::from(dir),
+        allow_other: false,
+        nonempty: false,
+        passthrough: true,
+    })?;
+    match mounted.wait(None)? {
+        mount::Event::Ended(result) => Ok(result?),
+        mount::Event::Signal(_) => bail!("a signal, though none was asked for"),
+    }
 }
 
 fn exec(args: &[OsString]) -> Result<()> {
-    let [_socket, _program, _rest @ ..] = args else { bail!("SOCKET PROGRAM ARGUMENT…") };
-    bail!("not yet")
+    let [socket, program, rest @ ..] = args else {
+        bail!("SOCKET PROGRAM ARGUMENT…")
+    };
+    // Before the session, whose threads would be struck else.
+    let signals = SignalFd::new(&Running::SIGNALS)?;
+    let client = Client::connect(Path::new(socket), &ConnectOptions::default())?;
+    let command = exec::Command {
+        path: program.clone(),
+        args: rest.to_vec(),
+        search: Search::default(),
+    };
+    let mut running = command.start(&client.attach(EXPORT)?)?;
+    let status = running.wait(&signals, |_| None)?;
+    ensure!(
+        status.success(),
+        "{}: {status}",
+        Path::new(program).display()
+    );
+    Ok(())
 }

@@ -25,7 +25,11 @@ impl Setting {
             None => {
                 let usual = std::env::temp_dir();
                 let on_disk = !in_memory(&files::filesystem(&usual)?);
-                if on_disk { usual } else { PathBuf::from("/var/tmp") }
+                if on_disk {
+                    usual
+                } else {
+                    PathBuf::from("/var/tmp")
+                }
             }
         };
         let dir = tempfile::Builder::new()
@@ -33,7 +37,11 @@ impl Setting {
             .tempdir_in(&parent)
             .with_context(|| format!("no directory for test files in {}", parent.display()))?;
         let filesystem = files::filesystem(dir.path())?;
-        Ok(Self { sizes, filesystem, dir })
+        Ok(Self {
+            sizes,
+            filesystem,
+            dir,
+        })
     }
 
     /// Does the file system of the test files live in memory? Then `native` flatters copage's rival

@@ -32,7 +32,11 @@ impl Samples {
         let (min, max) = (*sorted.first()?, *sorted.last()?);
         let upper = sorted.len() / 2;
         let lower = (sorted.len() - 1) / 2;
-        Some(Summary { median: (sorted[lower] + sorted[upper]) / 2.0, min, max })
+        Some(Summary {
+            median: (sorted[lower] + sorted[upper]) / 2.0,
+            min,
+            max,
+        })
     }
 
     /// The value below which `share` (0 to 1) of all lie; `None` without values.
@@ -76,7 +80,14 @@ mod tests {
         let mut s = Samples::default();
         assert!(s.summary().is_none() && s.percentile(0.5).is_none());
         s.extend([3.0, 1.0, 2.0, 10.0]);
-        assert_eq!(s.summary(), Some(Summary { median: 2.5, min: 1.0, max: 10.0 }));
+        assert_eq!(
+            s.summary(),
+            Some(Summary {
+                median: 2.5,
+                min: 1.0,
+                max: 10.0
+            })
+        );
         assert_eq!(s.percentile(0.99), Some(10.0));
         assert_eq!(s.percentile(0.0), Some(1.0));
     }

@@ -84,7 +84,11 @@ impl Row {
 
     /// With one value of copage's.
     pub fn value(mut self, value: f64) -> Self {
-        self.copage = Some(Summary { median: value, min: value, max: value });
+        self.copage = Some(Summary {
+            median: value,
+            min: value,
+            max: value,
+        });
         self.judge()
     }
 
@@ -98,7 +102,11 @@ impl Row {
     /// With one value of the other's.
     pub fn against_value(mut self, name: impl Into<String>, value: f64) -> Self {
         self.compared_with = name.into();
-        self.reference = Some(Summary { median: value, min: value, max: value });
+        self.reference = Some(Summary {
+            median: value,
+            min: value,
+            max: value,
+        });
         self.judge()
     }
 
@@ -138,8 +146,11 @@ impl Row {
             (Some(a), Some(b)) if b.median != 0.0 => Some(a.median / b.median),
             _ => None,
         };
-        let judged =
-            if self.limit_is_of_value { self.copage.map(|s| s.median) } else { self.ratio };
+        let judged = if self.limit_is_of_value {
+            self.copage.map(|s| s.median)
+        } else {
+            self.ratio
+        };
         if let Some((good, limit)) = self.limit {
             let sign = if good == Good::AtLeast { ">=" } else { "<=" };
             self.budget = if self.limit_is_of_value {
@@ -166,7 +177,11 @@ impl Row {
             self.what.clone(),
             summary(self.copage),
             self.compared_with.clone(),
-            if self.reference.is_some() { summary(self.reference) } else { String::new() },
+            if self.reference.is_some() {
+                summary(self.reference)
+            } else {
+                String::new()
+            },
             self.ratio.map_or(String::new(), show_ratio),
             self.budget.clone(),
             met.into(),
@@ -178,8 +193,16 @@ impl Row {
 }
 
 /// The table's head.
-const HEAD: [&str; 8] =
-    ["what", "copage", "compared with", "its value", "ratio", "budget", "met?", "faults min+maj"];
+const HEAD: [&str; 8] = [
+    "what",
+    "copage",
+    "compared with",
+    "its value",
+    "ratio",
+    "budget",
+    "met?",
+    "faults min+maj",
+];
 
 /// The rows as lines of text, with `HEAD`, columns aligned, notes below their rows.
 pub fn render(rows: &[Row]) -> String {
@@ -216,23 +239,39 @@ pub fn render(rows: &[Row]) -> String {
 }
 
 fn show_ratio(ratio: f64) -> String {
-    if ratio < 0.0995 { format!("{ratio:.4}") } else { format!("{ratio:.2}") }
+    if ratio < 0.0995 {
+        format!("{ratio:.4}")
+    } else {
+        format!("{ratio:.2}")
+    }
 }
 
 fn show_summary(s: Summary, unit: Unit) -> String {
     if s.min == s.max {
         return show(s.median, unit);
     }
-    format!("{} [{} - {}]", show(s.median, unit), show(s.min, unit), show(s.max, unit))
+    format!(
+        "{} [{} - {}]",
+        show(s.median, unit),
+        show(s.min, unit),
+        show(s.max, unit)
+    )
 }
 
 /// A value as a person reads it.
 pub fn show(value: f64, unit: Unit) -> String {
     let scaled = |steps: &[(f64, &str)]| {
-        let (size, name) =
-            steps.iter().find(|(size, _)| value.abs() >= *size).or(steps.last()).unwrap_or(&(1.0, ""));
+        let (size, name) = steps
+            .iter()
+            .find(|(size, _)| value.abs() >= *size)
+            .or(steps.last())
+            .unwrap_or(&(1.0, ""));
         let v = value / size;
-        if v.abs() >= 100.0 || v == v.trunc() { format!("{v:.0} {name}") } else { format!("{v:.3} {name}") }
+        if v.abs() >= 100.0 || v == v.trunc() {
+            format!("{v:.0} {name}")
+        } else {
+            format!("{v:.3} {name}")
+        }
     };
     match unit {
         Unit::Seconds => scaled(&[(1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns")]),

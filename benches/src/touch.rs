@@ -29,7 +29,12 @@ struct Timer<'a> {
 impl<'a> Timer<'a> {
     fn new(seed: u64, order: &'a [u64]) -> Self {
         let expected = reader::expected_touch(seed, order.iter().copied());
-        Self { seed, order, expected, faults: (0, 0) }
+        Self {
+            seed,
+            order,
+            expected,
+            faults: (0, 0),
+        }
     }
 
     fn time(&mut self, bytes: VolatileBytes<'_>) -> Result<f64> {
@@ -37,7 +42,11 @@ impl<'a> Timer<'a> {
         let got = reader::touch(bytes, self.order.iter().copied());
         let seconds = begin.elapsed().as_secs_f64();
         self.faults = Faults::of_thread()?.since(before);
-        reader::check(&format!("first touch (seed {})", self.seed), got, self.expected)?;
+        reader::check(
+            &format!("first touch (seed {})", self.seed),
+            got,
+            self.expected,
+        )?;
         Ok(seconds / self.order.len() as f64)
     }
 }
@@ -52,13 +61,23 @@ pub fn run(setting: &Setting, rows: &mut Vec<Row>) -> Result<()> {
 }
 
 fn options(file: &TestFile) -> DaemonOptions {
-    DaemonOptions { frames_mib: 2 * (file.pages / PAGES_PER_MIB).max(4), huge: true }
+    DaemonOptions {
+        frames_mib: 2 * (file.pages / PAGES_PER_MIB).max(4),
+        huge: true,
+    }
 }
 
 /// Pages already granted: a fresh mapping of a file that is all there.
 fn present(setting: &Setting, file: &TestFile, rows: &mut Vec<Row>) -> Result<()> {
     let dir = setting.subdir("touch")?;
-    let daemon = Daemon::start(setting, &dir, DaemonOptions { huge: false, ..options(file) })?;
+    let daemon = Daemon::start(
+        setting,
+        &dir,
+        DaemonOptions {
+            huge: false,
+            ..options(file)
+        },
+    )?;
     let client = daemon.connect()?;
     let (open, filler) = daemon::map(&client, file.name())?;
     filler.populate(0..filler.len())?;
@@ -76,15 +95,21 @@ fn present(setting: &Setting, file: &TestFile, rows: &mut Vec<Row>) -> Result<()
         }
     })?;
     let row = |name: String, samples: &Samples, faults| {
-        Row::new(NAME, "first touch, library, page already granted, random", Unit::Seconds)
-            .copage(&copage)
-            .against(name, samples)
-            .faults(ours.faults, faults)
+        Row::new(
+            NAME,
+            "first touch, library, page already granted, random",
+            Unit::Seconds,
+        )
+        .copage(&copage)
+        .against(name, samples)
+        .faults(ours.faults, faults)
     };
-    rows.push(
-        row("bare userfaultfd service".into(), &bare, theirs.faults).ratio_at_most(1.2),
-    );
-    rows.push(row(format!("{} warm", setting.native()), &native, natives.faults));
+    rows.push(row("bare userfaultfd service".into(), &bare, theirs.faults).ratio_at_most(1.2));
+    rows.push(row(
+        format!("{} warm", setting.native()),
+        &native,
+        natives.faults,
+    ));
     Ok(())
 }
 
@@ -95,7 +120,15 @@ fn absent(setting: &Setting, file: &TestFile, rows: &mut Vec<Row>) -> Result<()>
     order.truncate(setting.sizes.touch_random_pages as usize);
     let mut timers: [Timer<'_>; 4] = std::array::from_fn(|_| Timer::new(file.seed, &order));
     let samples = interleaved::<4>(setting.sizes.reps_long, |side, _| {
-        let remote = |read| Remote::start(file, RemoteOptions { read, frames_max: u64::MAX });
+        let remote = |read| {
+            Remote::start(
+                file,
+                RemoteOptions {
+                    read,
+                    frames_max: u64::MAX,
+                },
+            )
+        };
         match side {
             0 => {
                 let daemon = Daemon::start(setting, &dir, options(file))?;
@@ -116,14 +149,21 @@ fn absent(setting: &Setting, file: &TestFile, rows: &mut Vec<Row>) -> Result<()>
         }
     })?;
     let row = |side: usize, name: String| {
-        Row::new(NAME, "first touch, library, not yet granted, random, cold", Unit::Seconds)
-            .copage(&samples[0])
-            .against(name, &samples[side])
-            .faults(timers[0].faults, timers[side].faults)
+        Row::new(
+            NAME,
+            "first touch, library, not yet granted, random, cold",
+            Unit::Seconds,
+        )
+        .copage(&samples[0])
+        .against(name, &samples[side])
+        .faults(timers[0].faults, timers[side].faults)
     };
     rows.push(row(1, "bare + round trip + O_DIRECT".into()).ratio_at_most(1.2));
     rows.push(row(2, "bare + round trip + pread from page cache".into()));
-    rows.push(row(3, format!("{} cold (its own readahead)", setting.native())));
+    rows.push(row(
+        3,
+        format!("{} cold (its own readahead)", setting.native()),
+    ));
     Ok(())
 }
 
@@ -145,16 +185,27 @@ fn in_order(setting: &Setting, file: &TestFile, rows: &mut Vec<Row>) -> Result<(
         }
     })?;
     rows.push(
-        Row::new(NAME, "first touch, library, not yet granted, in order (aim 1.0)", Unit::Seconds)
-            .copage(&copage)
-            .against(format!("{} cold", setting.native()), &native)
-            .faults(timers[0].faults, timers[1].faults),
+        Row::new(
+            NAME,
+            "first touch, library, not yet granted, in order (aim 1.0)",
+            Unit::Seconds,
+        )
+        .copage(&copage)
+        .against(format!("{} cold", setting.native()), &native)
+        .faults(timers[0].faults, timers[1].faults),
     );
     let mut timers: [Timer<'_>; 3] = std::array::from_fn(|_| Timer::new(file.seed, &order));
     let mut opens = Vec::new();
     let mut daemons = Vec::new();
     for huge in [false, true] {
-        let daemon = Daemon::start(setting, &dir, DaemonOptions { huge, ..options(file) })?;
+        let daemon = Daemon::start(
+            setting,
+            &dir,
+            DaemonOptions {
+                huge,
+                ..options(file)
+            },
+        )?;
         let client = daemon.connect()?;
         let (open, filler) = daemon::map(&client, file.name())?;
         filler.populate(0..filler.len())?;
@@ -172,10 +223,14 @@ fn in_order(setting: &Setting, file: &TestFile, rows: &mut Vec<Row>) -> Result<(
     })?;
     for (side, frames) in ["4 KiB frames", "2 MiB frames"].into_iter().enumerate() {
         rows.push(
-            Row::new(NAME, format!("first touch, library, resident, in order, {frames}"), Unit::Seconds)
-                .copage(&samples[side])
-                .against(format!("{} warm", setting.native()), &samples[2])
-                .faults(timers[side].faults, timers[2].faults),
+            Row::new(
+                NAME,
+                format!("first touch, library, resident, in order, {frames}"),
+                Unit::Seconds,
+            )
+            .copage(&samples[side])
+            .against(format!("{} warm", setting.native()), &samples[2])
+            .faults(timers[side].faults, timers[2].faults),
         );
     }
     Ok(())

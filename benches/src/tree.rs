@@ -7,7 +7,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 /// Programs that most machines have, with a few libraries each; the first that is dynamic is taken.
-const PROGRAMS: [&str; 5] = ["/usr/bin/ls", "/bin/ls", "/usr/bin/sort", "/usr/bin/sed", "/bin/sh"];
+const PROGRAMS: [&str; 5] = [
+    "/usr/bin/ls",
+    "/bin/ls",
+    "/usr/bin/sort",
+    "/usr/bin/sed",
+    "/bin/sh",
+];
 /// The loader's name in a copied tree, and as the copied program names it: relative to the directory
 /// in which it is started, so that the same bytes run from any directory.
 const LOADER: &str = "ld.so";
@@ -25,13 +31,18 @@ pub struct Program {
 impl Program {
     /// Finds one.
     pub fn find() -> Result<Self> {
-        let found = PROGRAMS.iter().find_map(|path| Self::inspect(Path::new(path)).ok());
+        let found = PROGRAMS
+            .iter()
+            .find_map(|path| Self::inspect(Path::new(path)).ok());
         found.context("no dynamic program among ls, sort, sed, sh")
     }
 
     /// Has the program's own loader list what it loads (ld.so(8), LD_TRACE_LOADED_OBJECTS).
     fn inspect(path: &Path) -> Result<Self> {
-        let listed = Command::new(path).env("LD_TRACE_LOADED_OBJECTS", "1").stderr(Stdio::null()).output()?;
+        let listed = Command::new(path)
+            .env("LD_TRACE_LOADED_OBJECTS", "1")
+            .stderr(Stdio::null())
+            .output()?;
         let text = String::from_utf8(listed.stdout)?;
         let (mut loader, mut libraries) = (None, Vec::new());
         for line in text.lines() {
@@ -42,18 +53,30 @@ impl Program {
             }
         }
         ensure!(!libraries.is_empty(), "{} is static", path.display());
-        Ok(Self { path: path.canonicalize()?, loader: loader.context("no loader")?, libraries })
+        Ok(Self {
+            path: path.canonicalize()?,
+            loader: loader.context("no loader")?,
+            libraries,
+        })
     }
 
     /// Its name.
     pub fn name(&self) -> &str {
-        self.path.file_name().and_then(|n| n.to_str()).unwrap_or("program")
+        self.path
+            .file_name()
+            .and_then(|n| n.to_str())
+            .unwrap_or("program")
     }
 
     /// What the program prints; the same wherever it runs from.
     pub fn output(&self) -> Result<Vec<u8>> {
         let output = Command::new(&self.path).arg(ARGUMENT).output()?;
-        ensure!(output.status.success(), "{} {ARGUMENT}: {}", self.path.display(), output.status);
+        ensure!(
+            output.status.success(),
+            "{} {ARGUMENT}: {}",
+            self.path.display(),
+            output.status
+        );
         Ok(output.stdout)
     }
 
@@ -62,16 +85,26 @@ impl Program {
     pub fn copy_flat(&self, dir: &Path) -> Result<()> {
         fs::create_dir_all(dir)?;
         for library in &self.libraries {
-            fs::copy(library, dir.join(library.file_name().context("a library without name")?))?;
+            fs::copy(
+                library,
+                dir.join(library.file_name().context("a library without name")?),
+            )?;
         }
         fs::copy(&self.loader, dir.join(LOADER))?;
         let mut bytes = fs::read(&self.path)?;
         let mut old = self.loader.as_os_str().as_encoded_bytes().to_vec();
         old.push(0);
         let Some(at) = bytes.windows(old.len()).position(|w| w == old) else {
-            bail!("{} does not name its loader {}", self.path.display(), self.loader.display());
+            bail!(
+                "{} does not name its loader {}",
+                self.path.display(),
+                self.loader.display()
+            );
         };
-        ensure!(LOADER_NAMED.len() < old.len(), "a loader with a very short name");
+        ensure!(
+            LOADER_NAMED.len() < old.len(),
+            "a loader with a very short name"
+        );
         bytes[at..at + old.len()].fill(0);
         bytes[at..at + LOADER_NAMED.len()].copy_from_slice(LOADER_NAMED);
         let copy = dir.join(self.name());
@@ -92,25 +125,41 @@ impl Program {
 
     /// All files of a flat copy.
     pub fn files_flat(&self, dir: &Path) -> Vec<PathBuf> {
-        let names = self.libraries.iter().filter_map(|l| l.file_name().map(PathBuf::from));
-        names.chain([PathBuf::from(LOADER), PathBuf::from(self.name())]).map(|n| dir.join(n)).collect()
+        let names = self
+            .libraries
+            .iter()
+            .filter_map(|l| l.file_name().map(PathBuf::from));
+        names
+            .chain([PathBuf::from(LOADER), PathBuf::from(self.name())])
+            .map(|n| dir.join(n))
+            .collect()
     }
 
     /// Runs the flat copy in `dir`.
     pub fn command_flat(&self, dir: &Path) -> Command {
         let mut command = Command::new(dir.join(self.name()));
-        command.current_dir(dir).env("LD_LIBRARY_PATH", dir).arg(ARGUMENT);
+        command
+            .current_dir(dir)
+            .env("LD_LIBRARY_PATH", dir)
+            .arg(ARGUMENT);
         command
     }
 
     /// Runs the rooted copy below `root` by its loader.
     pub fn command_rooted(&self, root: &Path) -> Command {
-        let mut dirs: Vec<_> =
-            self.libraries.iter().filter_map(|l| Some(below(root, l.parent()?))).collect();
+        let mut dirs: Vec<_> = self
+            .libraries
+            .iter()
+            .filter_map(|l| Some(below(root, l.parent()?)))
+            .collect();
         dirs.dedup();
         let dirs: Vec<_> = dirs.iter().map(|d| d.to_string_lossy()).collect();
         let mut command = Command::new(below(root, &self.loader));
-        command.arg("--library-path").arg(dirs.join(":")).arg(below(root, &self.path)).arg(ARGUMENT);
+        command
+            .arg("--library-path")
+            .arg(dirs.join(":"))
+            .arg(below(root, &self.path))
+            .arg(ARGUMENT);
         command
     }
 
@@ -137,9 +186,19 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let expected = program.output().unwrap();
         program.copy_flat(&dir.path().join("flat")).unwrap();
-        assert_eq!(program.command_flat(&dir.path().join("flat")).output().unwrap().stdout, expected);
+        assert_eq!(
+            program
+                .command_flat(&dir.path().join("flat"))
+                .output()
+                .unwrap()
+                .stdout,
+            expected
+        );
         program.copy_rooted(&dir.path().join("root")).unwrap();
-        let output = program.command_rooted(&dir.path().join("root")).output().unwrap();
+        let output = program
+            .command_rooted(&dir.path().join("root"))
+            .output()
+            .unwrap();
         assert_eq!(output.stdout, expected);
     }
 }

@@ -28,14 +28,23 @@ pub fn run(setting: &Setting, rows: &mut Vec<Row>) -> Result<()> {
     let sum = file.sum();
     let mut random = Random::new(5);
     let bound = sizes.warm_pages * LINES_PER_PAGE;
-    let lines: Vec<u32> = (0..sizes.warm_lines).map(|_| random.below(bound) as u32).collect();
+    let lines: Vec<u32> = (0..sizes.warm_lines)
+        .map(|_| random.below(bound) as u32)
+        .collect();
     let lines_sum = reader::expected_lines(file.seed, &lines);
 
     // Both kinds of frames at once, each with a daemon and a fresh mapping, beside the native one.
     let budget = 2 * mib.max(4);
     let mut daemons = Vec::new();
     for huge in [false, true] {
-        daemons.push(Daemon::start(setting, &dir, DaemonOptions { frames_mib: budget, huge })?);
+        daemons.push(Daemon::start(
+            setting,
+            &dir,
+            DaemonOptions {
+                frames_mib: budget,
+                huge,
+            },
+        )?);
     }
     let mut shared = Vec::new();
     for daemon in &daemons {
@@ -55,51 +64,71 @@ pub fn run(setting: &Setting, rows: &mut Vec<Row>) -> Result<()> {
     files::chill(&file.path)?;
     files::warm(&file.path)?;
     let native = NativeMapping::new(&std::fs::File::open(&file.path)?, true)?;
-    let sides: [VolatileBytes<'_>; 3] =
-        [mappings[0].as_volatile(), mappings[1].as_volatile(), native.as_volatile()];
+    let sides: [VolatileBytes<'_>; 3] = [
+        mappings[0].as_volatile(),
+        mappings[1].as_volatile(),
+        native.as_volatile(),
+    ];
 
     let note_huge = if huge_pages == sizes.warm_pages {
         String::new()
     } else {
-        format!("only {huge_pages} of {} pages were in 2 MiB frames", sizes.warm_pages)
+        format!(
+            "only {huge_pages} of {} pages were in 2 MiB frames",
+            sizes.warm_pages
+        )
     };
-    let mut measure = |what: &str, work: &dyn Fn(VolatileBytes<'_>) -> u64, expected, units: f64| {
-        let mut faults = [(0, 0); 3];
-        // Once without a clock: what is left to map is mapped.
-        for (side, bytes) in sides.iter().enumerate() {
-            let before = Faults::of_thread()?;
-            reader::check(what, work(*bytes), expected)?;
-            faults[side] = Faults::of_thread()?.since(before);
-        }
-        let [small, huge, native] = interleaved::<3>(sizes.reps, |side, _| {
-            let begin = Instant::now();
-            let got = work(sides[side]);
-            let seconds = begin.elapsed().as_secs_f64();
-            reader::check(what, got, expected)?;
-            Ok(units / seconds)
-        })?;
-        rows.push(
-            Row::new(NAME, format!("{what}, {mib} MiB, 4 KiB frames"), Unit::PerSecond)
+    let mut measure =
+        |what: &str, work: &dyn Fn(VolatileBytes<'_>) -> u64, expected, units: f64| {
+            let mut faults = [(0, 0); 3];
+            // Once without a clock: what is left to map is mapped.
+            for (side, bytes) in sides.iter().enumerate() {
+                let before = Faults::of_thread()?;
+                reader::check(what, work(*bytes), expected)?;
+                faults[side] = Faults::of_thread()?.since(before);
+            }
+            let [small, huge, native] = interleaved::<3>(sizes.reps, |side, _| {
+                let begin = Instant::now();
+                let got = work(sides[side]);
+                let seconds = begin.elapsed().as_secs_f64();
+                reader::check(what, got, expected)?;
+                Ok(units / seconds)
+            })?;
+            rows.push(
+                Row::new(
+                    NAME,
+                    format!("{what}, {mib} MiB, 4 KiB frames"),
+                    Unit::PerSecond,
+                )
                 .copage(&small)
                 .against(setting.native(), &native)
                 .ratio_at_least(0.99)
                 .faults(faults[0], faults[2]),
-        );
-        rows.push(
-            Row::new(NAME, format!("{what}, {mib} MiB, 2 MiB frames (aim 1.3)"), Unit::PerSecond)
+            );
+            rows.push(
+                Row::new(
+                    NAME,
+                    format!("{what}, {mib} MiB, 2 MiB frames (aim 1.3)"),
+                    Unit::PerSecond,
+                )
                 .copage(&huge)
                 .against(setting.native(), &native)
                 .ratio_at_least(0.99)
                 .faults(faults[1], faults[2])
                 .note(note_huge.clone()),
-        );
-        anyhow::Ok(())
-    };
+            );
+            anyhow::Ok(())
+        };
     measure(
         "random cache lines",
         &|bytes| reader::sum_lines(bytes, &lines),
         lines_sum,
         lines.len() as f64,
     )?;
-    measure("sums of pages in order", &reader::sum_all, sum, sizes.warm_pages as f64)
+    measure(
+        "sums of pages in order",
+        &reader::sum_all,
+        sum,
+        sizes.warm_pages as f64,
+    )
 }
