@@ -157,12 +157,15 @@ impl Cache {
             return Ok(false);
         }
         let pages = home.index.pages();
+        // What the kernel said in this call, if it was asked.
+        let mut unused = false;
         if !pages.is_empty() {
             let mut in_use = false;
             if home.exposed || !self.force {
                 if now_ms >= home.poll_ms {
                     in_use = self.backend.home_in_use(home.id).unwrap_or(true);
                     home.poll_ms = now_ms + self.poll_after(home, now_ms);
+                    unused = !in_use;
                 } else if home.exposed {
                     return Ok(false);
                 } else {
@@ -193,11 +196,29 @@ impl Cache {
                 return Ok(false);
             }
         }
+        if !unused && !self.may_close(home, now_ms) {
+            return Ok(false);
+        }
         self.backend.close_home(home.id)?;
         let mut table = self.frames.lock();
         Self::uncharge(&mut table, home);
         table.drop_slot(home.slot);
         Ok(true)
+    }
+
+    /// May an emptied home be ended? Its end is SIGBUS for whoever maps it, but guests that have not
+    /// moved on to the new content are to fault and hear of it. Each was asked to; who has not by
+    /// twice the deadline is fenced.
+    fn may_close(&self, home: &mut Home, now_ms: u64) -> bool {
+        let deadline_ms = u64::from(self.config.recall_deadline_ms);
+        if now_ms >= home.since_ms + 2 * deadline_ms {
+            return true;
+        }
+        if now_ms < home.poll_ms {
+            return false;
+        }
+        home.poll_ms = now_ms + self.poll_after(home, now_ms);
+        !self.backend.home_in_use(home.id).unwrap_or(true)
     }
 
     /// Takes pages of a home back: all of them by force, or those that nobody has mapped.
