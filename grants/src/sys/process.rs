@@ -47,6 +47,25 @@ pub fn peer_pidfd(socket: impl AsFd, pid: u32) -> io::Result<OwnedFd> {
     }
 }
 
+/// Copies memory of the calling process at `address` into `buf` as loads would (a missing page is
+/// served by its userfaultfd), but with an error, EFAULT, where a load would be a signal. Fewer bytes
+/// than asked: the rest would have been the signal.
+pub fn read_own_memory(address: usize, buf: &mut [u8]) -> io::Result<usize> {
+    let local = libc::iovec {
+        iov_base: buf.as_mut_ptr().cast(),
+        iov_len: buf.len(),
+    };
+    let remote = libc::iovec {
+        iov_base: std::ptr::without_provenance_mut(address),
+        iov_len: buf.len(),
+    };
+    let pid = rustix::process::getpid().as_raw_nonzero().get();
+    // SAFETY: the kernel writes at most `iov_len` bytes to `buf`, which is borrowed for the call;
+    // what `remote` names is only read, and need not be mapped.
+    let read = unsafe { libc::process_vm_readv(pid, &raw const local, 1, &raw const remote, 1, 0) };
+    usize::try_from(read).map_err(|_| io::Error::last_os_error())
+}
+
 /// Raises the soft limit of open files to the hard one and returns it.
 pub fn raise_open_files() -> io::Result<u64> {
     let limit = rustix::process::getrlimit(Resource::Nofile);
@@ -78,6 +97,20 @@ mod tests {
             .find_map(|line| line.strip_prefix("Pid:"))
             .unwrap();
         assert_eq!(pid.trim(), std::process::id().to_string());
+    }
+
+    #[test]
+    fn own_memory_is_read_or_refused() {
+        let there = [7_u8; 32];
+        let mut bytes = [0; 32];
+        let read = read_own_memory(there.as_ptr().addr(), &mut bytes).unwrap();
+        assert_eq!((read, bytes), (32, there));
+        let refused = read_own_memory(4096, &mut bytes).unwrap_err();
+        assert_eq!(
+            refused.raw_os_error(),
+            Some(libc::EFAULT),
+            "nothing is mapped there"
+        );
     }
 
     #[test]
