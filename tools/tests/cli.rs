@@ -2,6 +2,7 @@
 //! against a daemon of its own.
 //!
 //! Cannot show: that what the daemon says of itself is so; other tests do.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Read};
@@ -57,7 +58,7 @@ impl Daemon {
         let share = dir.path().join("share");
         std::fs::create_dir(&share).unwrap();
         std::fs::write(share.join("file"), vec![b'x'; 10_000]).unwrap();
-        let (mut reader, writer) = std::io::pipe().unwrap();
+        let (reader, writer) = std::io::pipe().unwrap();
         let fd = writer.as_raw_fd().to_string();
         rustix::io::fcntl_setfd(&writer, rustix::io::FdFlags::empty()).unwrap();
         let export = format!("share={}", share.display());
@@ -76,7 +77,8 @@ impl Daemon {
             .unwrap();
         drop(writer);
         let mut ready = String::new();
-        reader.read_to_string(&mut ready).unwrap();
+        // Not to its end: the daemon, and children of other tests, hold the other end.
+        BufReader::new(reader).read_line(&mut ready).unwrap();
         assert_eq!(ready, "READY\n");
         Self { child, dir }
     }
