@@ -194,7 +194,7 @@ impl Guest {
         }
     }
 
-    /// The version of one page, or the errno, read through /proc/self/mem.
+    /// The version of one page, or the errno, read by process_vm_readv.
     pub fn probe(&mut self, mapping: usize, page: u64) -> Result<u32, i32> {
         match self.try_ask(&Order::Probe { mapping, page }) {
             Some(Answer::Page {

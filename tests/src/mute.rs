@@ -1,8 +1,9 @@
 //! A guest process that holds what it was given and does not let go: it renews (until told not to),
 //! answers no notice, and keeps its plain mapping whatever happens to its session.
 
-use crate::guest::program;
+use crate::guest::{program, program_for_everybody};
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -15,8 +16,8 @@ pub struct Mute {
 }
 
 impl Mute {
-    /// Starts it as guest `name`: it opens `path` of `export` (`how`: `map` or `pin`), faults all of
-    /// it in and maps it.
+    /// Starts it as guest `name`: it opens `path` of `export` and maps it plainly. `how` is `map`
+    /// (faults all of it in first), `pin`, or `holes` (faults nothing in and touches everything).
     pub fn start(dir: &Path, socket: &Path, name: &str, path: &str, how: &str) -> Self {
         Self::try_start(dir, socket, name, path, how).unwrap_or_else(|e| panic!("{name}: {e}"))
     }
@@ -29,15 +30,30 @@ impl Mute {
         path: &str,
         how: &str,
     ) -> Result<Self, String> {
-        let mut child = Command::new(program("copage-test-guest"))
+        let mut command = Command::new(program("copage-test-guest"));
+        command
             .current_dir(dir)
             .arg("mute")
             .arg(socket)
-            .args([name, path, how])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("a guest process");
+            .args([name, path, how]);
+        Self::run(command)
+    }
+
+    /// As [`Self::start`], as another user, whose name the daemon knows.
+    pub fn start_as(uid: u32, dir: &Path, socket: &Path, path: &str, how: &str) -> Self {
+        let mut command = Command::new(program_for_everybody("copage-test-guest", dir));
+        command
+            .uid(uid)
+            .gid(uid)
+            .arg("mute")
+            .arg(socket)
+            .args(["", path, how]);
+        Self::run(command).unwrap_or_else(|e| panic!("{e}"))
+    }
+
+    fn run(mut command: Command) -> Result<Self, String> {
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().expect("a guest process");
         let orders = child.stdin.take().expect("piped");
         let answers = BufReader::new(child.stdout.take().expect("piped"));
         let mut mute = Self {
@@ -119,16 +135,16 @@ pub fn run(socket: &Path, name: &str, path: &str, how: &str) -> std::io::Result<
         Ok(node) => node,
         Err(errno) => return say(format!("lookup: errno {errno}")),
     };
-    let how = if how == "pin" {
+    let kind = if how == "pin" {
         OpenHow::Pin
     } else {
         OpenHow::Map
     };
-    let mut file = match raw.try_open(node, how) {
+    let mut file = match raw.try_open(node, kind) {
         Ok(file) => file,
         Err(errno) => return say(format!("open: errno {errno}")),
     };
-    if how == OpenHow::Map {
+    if how == "map" {
         let pages = u32::try_from(copage_grants::pages_for(file.bytes)).unwrap_or(u32::MAX);
         if let Err(errno) = raw.fault(&file, 0, pages) {
             return say(format!("fault: errno {errno}"));

@@ -38,7 +38,7 @@ pub enum Order {
         /// Which page.
         page: u64,
     },
-    /// Read one page through /proc/self/mem: what would be SIGBUS for a load is an error here.
+    /// Read one page by process_vm_readv: what would be SIGBUS for a load is an error here.
     Probe {
         /// Which mapping.
         mapping: usize,
@@ -91,6 +91,11 @@ pub enum Order {
     },
     /// What the mapping shows now.
     Generation {
+        /// Which mapping.
+        mapping: usize,
+    },
+    /// Why the last access to the mapping that was SIGBUS was; answered by `Lost`.
+    LastError {
         /// Which mapping.
         mapping: usize,
     },
@@ -187,6 +192,21 @@ pub struct Watched {
     pub oldest: u32,
     /// The longest that one run took, in ms.
     pub slowest_ms: u64,
+    /// The first wrong page.
+    pub first_wrong: Option<WrongPage>,
+}
+
+/// What a wrong page looked like.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct WrongPage {
+    /// Which page of which mapping.
+    pub page: (usize, u64),
+    /// How many of its 512 words are zero.
+    pub zero_words: usize,
+    /// The versions that its first and last words name.
+    pub versions: (u32, u32),
+    /// The version that was seen there before.
+    pub before: u32,
 }
 
 impl Watched {
@@ -199,6 +219,7 @@ impl Watched {
             backwards: self.backwards + other.backwards,
             newest: self.newest.max(other.newest),
             oldest: self.oldest.min(other.oldest),
+            first_wrong: self.first_wrong.or(other.first_wrong),
             slowest_ms: self.slowest_ms.max(other.slowest_ms),
         }
     }

@@ -74,6 +74,8 @@ pub struct Raw {
     next: u64,
     /// Notices that came while a reply was waited for.
     pub notices: Vec<Notice>,
+    /// Replies to other requests that came meanwhile.
+    pub earlier: Vec<Came>,
 }
 
 impl Raw {
@@ -86,6 +88,7 @@ impl Raw {
             lease_ttl: Duration::ZERO,
             next: 1,
             notices: Vec::new(),
+            earlier: Vec::new(),
         }
     }
 
@@ -185,7 +188,7 @@ impl Raw {
             match came.notice() {
                 Some(notice) => self.notices.push(notice),
                 None if came.request() == Some(number) => return Some(came),
-                None => {}
+                None => self.earlier.push(came),
             }
         }
     }

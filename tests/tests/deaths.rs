@@ -144,23 +144,6 @@ fn local_a_stopped_guest_cannot_read_what_was_taken_by_force() {
     wait::until(5 * SECOND, "its frames to be taken", || {
         daemon.admin().stats().grants == 0
     });
-    let resident = |pid: u32| -> u64 {
-        let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
-        let mut lines = smaps.lines();
-        let mut kib = 0;
-        // Of mappings of frame files; their names hold the export file's label or are deleted tmpfs.
-        while let Some(line) = lines.next() {
-            if line.contains("frames") || line.contains("copage") && line.contains("r--p") {
-                let rss = lines.find_map(|l| l.strip_prefix("Rss:")).unwrap();
-                kib += rss.trim().trim_end_matches(" kB").parse::<u64>().unwrap();
-            }
-        }
-        kib
-    };
-    println!(
-        "the stopped guest has {} KiB of frames in its page tables",
-        resident(sleeper.pid())
-    );
     // A load is the first thing it does: SIGBUS, or the library is quicker and it is SIGBUS too.
     sleeper.tell(&Order::Load { mapping, page: 3 });
     sleeper.resume();

@@ -5,7 +5,11 @@
 //! Cannot show: failures in the middle of a call (a backend's own tests have those), and a send that
 //! fails: guests that do not read or hang up cause those in hostile_messages.rs and deaths.rs.
 
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
 
 use copage_tests::daemon::{Daemon, Setup};
 use copage_tests::guest::Guest;
@@ -24,12 +28,21 @@ struct Seen {
 
 /// Uses everything that the plan may hit; errors are allowed, wrong bytes are not.
 fn exercise(tree: &Tree, daemon: &Daemon, seen: &mut Seen) {
-    let map = Order::Map { export: "export".into(), path: "f".into(), private: false };
-    let pin = Order::Pin { export: "export".into(), path: "g".into() };
+    let map = Order::Map {
+        export: "export".into(),
+        path: "f".into(),
+        private: false,
+    };
+    let pin = Order::Pin {
+        export: "export".into(),
+        path: "g".into(),
+    };
     for round in 0..3 {
         let mut guest = Guest::connected(tree.root(), &daemon.socket(), "unlucky");
         for order in [&map, &pin] {
-            let Some(answer) = guest.try_ask(order) else { panic!("{order:?} ended the guest") };
+            let Some(answer) = guest.try_ask(order) else {
+                panic!("{order:?} ended the guest")
+            };
             let mapping = match answer {
                 Answer::Mapped { mapping, .. } => mapping,
                 Answer::Failed { errno, why } => {
@@ -41,7 +54,9 @@ fn exercise(tree: &Tree, daemon: &Daemon, seen: &mut Seen) {
             };
             for page in (0..PAGES).step_by(37) {
                 match guest.try_ask(&Order::Load { mapping, page }) {
-                    Some(Answer::Page { version: Some(_), .. }) => {}
+                    Some(Answer::Page {
+                        version: Some(_), ..
+                    }) => {}
                     Some(other) => panic!("page {page}: {other:?}"),
                     // A refused page is SIGBUS for a plain load.
                     None => {
@@ -53,7 +68,12 @@ fn exercise(tree: &Tree, daemon: &Daemon, seen: &mut Seen) {
                 }
             }
         }
-        let read = Order::Read { export: "export".into(), path: "f".into(), offset: 0, len: 9000 };
+        let read = Order::Read {
+            export: "export".into(),
+            path: "f".into(),
+            offset: 0,
+            len: 9000,
+        };
         match guest.try_ask(&read).unwrap() {
             Answer::Bytes { bytes } => {
                 assert_eq!(bytes, std::fs::read(tree.file("f")).unwrap()[..9000]);
@@ -69,14 +89,28 @@ fn exercise(tree: &Tree, daemon: &Daemon, seen: &mut Seen) {
 #[test]
 fn local_every_call_fails_once() {
     let mut failed = 0;
-    for call in ["open-home", "home-descriptor", "store", "load", "discard", "grant", "force-out"] {
+    for call in [
+        "open-home",
+        "home-descriptor",
+        "store",
+        "load",
+        "discard",
+        "grant",
+        "force-out",
+    ] {
         let mut seen = Seen::default();
         for (nth, errno) in [("1", libc::EIO), ("3", libc::ENOSPC), ("4", 0)] {
             let tree = Tree::new();
             tree.pattern("f", PAGES);
             tree.pattern("g", PAGES);
             let fail = Some(format!("{call}:{nth}:{errno}"));
-            let mut daemon = Daemon::start(&tree, &Setup { fail, ..Setup::default() });
+            let mut daemon = Daemon::start(
+                &tree,
+                &Setup {
+                    fail,
+                    ..Setup::default()
+                },
+            );
             exercise(&tree, &daemon, &mut seen);
             // The call has failed once; from here on everything is well.
             let mut lucky = Guest::connected(tree.root(), &daemon.socket(), "lucky");
@@ -91,7 +125,10 @@ fn local_every_call_fails_once() {
             daemon.stop();
             failed += 1;
         }
-        println!("{call}: {} refused, {} by SIGBUS", seen.refused, seen.sigbus);
+        println!(
+            "{call}: {} refused, {} by SIGBUS",
+            seen.refused, seen.sigbus
+        );
     }
     println!("{failed} plans");
 }
@@ -103,16 +140,28 @@ fn local_memory_for_frames_ends_and_comes_back() {
     tree.pattern("f", PAGES);
     tree.pattern("g", PAGES);
     let fail = Some(format!("store:4+:{}", libc::ENOSPC));
-    let mut daemon = Daemon::start(&tree, &Setup { fail, ..Setup::default() });
+    let mut daemon = Daemon::start(
+        &tree,
+        &Setup {
+            fail,
+            ..Setup::default()
+        },
+    );
     let mut seen = Seen::default();
     exercise(&tree, &daemon, &mut seen);
     assert!(seen.refused + seen.sigbus > 0, "nobody was told: {seen:?}");
     // Metadata, listing and attributes need no frames.
     let mut guest = Guest::connected(tree.root(), &daemon.socket(), "late");
     assert_eq!(guest.lost(), None);
-    let order = Order::Pin { export: "export".into(), path: "g".into() };
+    let order = Order::Pin {
+        export: "export".into(),
+        path: "g".into(),
+    };
     let (errno, why) = guest.refused(&order);
-    assert!([libc::ENOMEM, libc::ENOSPC].contains(&errno), "{errno}: {why}");
+    assert!(
+        [libc::ENOMEM, libc::ENOSPC].contains(&errno),
+        "{errno}: {why}"
+    );
     daemon.audit_clean();
     daemon.stop();
 }
@@ -124,7 +173,10 @@ fn local_a_file_that_cannot_be_read_concerns_its_reader_only() {
     let tree = Tree::new();
     tree.pattern("f", PAGES);
     tree.pattern("g", PAGES);
-    let setup = Setup { fail: Some(String::new()), ..Setup::default() };
+    let setup = Setup {
+        fail: Some(String::new()),
+        ..Setup::default()
+    };
     let mut daemon = Daemon::start(&tree, &setup);
     let mut beside = Guest::connected(tree.root(), &daemon.socket(), "beside");
     beside.map("export", "g");
@@ -132,12 +184,18 @@ fn local_a_file_that_cannot_be_read_concerns_its_reader_only() {
     for round in 0..20 {
         let mut guest = Guest::connected(tree.root(), &daemon.socket(), "reader");
         let (mapping, _) = guest.map("export", "f");
-        let host = std::fs::File::options().write(true).open(tree.file("f")).unwrap();
+        let host = std::fs::File::options()
+            .write(true)
+            .open(tree.file("f"))
+            .unwrap();
         host.set_len((PAGES / 2) * 4096).unwrap();
         drop(host);
         for page in (0..PAGES).step_by(16) {
             match guest.try_ask(&Order::Probe { mapping, page }).unwrap() {
-                Answer::Page { version: Some(_), .. } | Answer::Failed { .. } => {}
+                Answer::Page {
+                    version: Some(_), ..
+                }
+                | Answer::Failed { .. } => {}
                 other => panic!("round {round}, page {page}: {other:?}"),
             }
         }

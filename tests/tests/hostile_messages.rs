@@ -25,6 +25,8 @@ use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 const SECOND: Duration = Duration::from_secs(1);
+/// To a handle that was never given, and to one of another session.
+const NO_HANDLE: [i32; 2] = [libc::EBADF, libc::ESTALE];
 
 /// One of each request, about things this session really has.
 fn every_request(root: Handle, file: &RawFile) -> Vec<Request<'static>> {
@@ -306,7 +308,7 @@ fn local_forged_and_stolen_handles_name_nothing() {
         ];
         for request in requests {
             let errno = thief.refused(&request);
-            assert_eq!(errno, libc::ESTALE, "{request:?}");
+            assert!(NO_HANDLE.contains(&errno), "{errno} to {request:?}");
             tried += 1;
         }
     }
@@ -372,7 +374,7 @@ fn local_an_old_epoch_counts_for_nothing() {
         },
     ] {
         if node != own {
-            assert_eq!(new.refused(&Request::Getattr { node }), libc::ESTALE);
+            assert!(NO_HANDLE.contains(&new.refused(&Request::Getattr { node })));
         }
     }
     assert_eq!(

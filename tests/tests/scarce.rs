@@ -4,7 +4,11 @@
 //!
 //! Cannot show: a machine that is out of memory altogether.
 
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
 
 use copage_tests::daemon::{Daemon, Setup};
 use copage_tests::guest::{As, Guest};
@@ -18,7 +22,11 @@ fn local_a_mapped_file_four_times_the_budget() {
     let pages = 4096;
     let host = tree.pattern("large", pages);
     for force in [true, false] {
-        let setup = Setup { frames_mib: 4, force, ..Setup::default() };
+        let setup = Setup {
+            frames_mib: 4,
+            force,
+            ..Setup::default()
+        };
         let mut daemon = Daemon::start(&tree, &setup);
         let mut guest = Guest::connected(tree.root(), &daemon.socket(), "reader");
         let (mapping, bytes) = guest.map("export", "large");
@@ -26,7 +34,10 @@ fn local_a_mapped_file_four_times_the_budget() {
         for _ in 0..2 {
             let with = host.to_str().unwrap().to_owned();
             match guest.ask(&Order::Compare { mapping, with }) {
-                Answer::Compared { bytes: compared, differs_at: None } => assert_eq!(compared, bytes),
+                Answer::Compared {
+                    bytes: compared,
+                    differs_at: None,
+                } => assert_eq!(compared, bytes),
                 other => panic!("{other:?}"),
             }
             let stats = daemon.admin().stats();
@@ -41,7 +52,13 @@ fn local_a_mapped_file_four_times_the_budget() {
 fn local_the_budget_shrinks_under_load_and_is_kept() {
     let tree = Tree::new();
     tree.pattern("f", 2048);
-    let mut daemon = Daemon::start(&tree, &Setup { frames_mib: 16, ..Setup::default() });
+    let mut daemon = Daemon::start(
+        &tree,
+        &Setup {
+            frames_mib: 16,
+            ..Setup::default()
+        },
+    );
     let mut guests: Vec<Guest> = (0..3)
         .map(|i| {
             let mut guest = Guest::connected(tree.root(), &daemon.socket(), &format!("g{i}"));
@@ -52,14 +69,23 @@ fn local_the_budget_shrinks_under_load_and_is_kept() {
         .collect();
     for mib in [8, 4, 16, 4, 5, 4] {
         daemon.admin().set_budget(mib);
-        copage_tests::wait::until(std::time::Duration::from_secs(5), "the budget to be kept", || {
-            let stats = daemon.admin().stats();
-            stats.frames_max == mib * 256 && stats.frames_used <= stats.frames_max
-        });
+        copage_tests::wait::until(
+            std::time::Duration::from_secs(5),
+            "the budget to be kept",
+            || {
+                let stats = daemon.admin().stats();
+                stats.frames_max == mib * 256 && stats.frames_used <= stats.frames_max
+            },
+        );
     }
     for guest in &mut guests {
         let seen = guest.stop_watching();
-        assert_eq!((seen.wrong, seen.backwards), (0, 0), "{}: {seen:?}", guest.label);
+        assert_eq!(
+            (seen.wrong, seen.backwards),
+            (0, 0),
+            "{}: {seen:?}",
+            guest.label
+        );
     }
     daemon.audit_clean();
 }
@@ -69,16 +95,32 @@ fn local_without_userfaultfd_files_are_read_not_mapped() {
     let tree = Tree::new();
     let host = tree.pattern("f", 16);
     let mut daemon = Daemon::start(&tree, &Setup::default());
-    let mut guest = Guest::spawn(tree.root(), "old", &As { named: true, ..As::default() });
+    let mut guest = Guest::spawn(
+        tree.root(),
+        "old",
+        &As {
+            named: true,
+            ..As::default()
+        },
+    );
     match guest.ask(&guest.connect_order(&daemon.socket(), "none")) {
         Answer::Connected { full: false, .. } => {}
         other => panic!("{other:?}"),
     }
-    let order = Order::Map { export: "export".into(), path: "f".into(), private: false };
+    let order = Order::Map {
+        export: "export".into(),
+        path: "f".into(),
+        private: false,
+    };
     let (errno, why) = guest.refused(&order);
     assert_eq!(errno, libc::EOPNOTSUPP, "{why}");
     assert!(why.contains("userfaultfd"), "{why}");
-    let order = Order::Read { export: "export".into(), path: "f".into(), offset: 4096, len: 8192 };
+    let order = Order::Read {
+        export: "export".into(),
+        path: "f".into(),
+        offset: 4096,
+        len: 8192,
+    };
     match guest.ask(&order) {
         Answer::Bytes { bytes } => assert_eq!(bytes, std::fs::read(host).unwrap()[4096..12288]),
         other => panic!("{other:?}"),
@@ -90,8 +132,21 @@ fn local_without_userfaultfd_files_are_read_not_mapped() {
 fn local_user_mode_faults_only() {
     let tree = Tree::new();
     tree.pattern("f", 600);
-    let mut daemon = Daemon::start(&tree, &Setup { frames_mib: 4, ..Setup::default() });
-    let mut guest = Guest::spawn(tree.root(), "plain", &As { named: true, ..As::default() });
+    let mut daemon = Daemon::start(
+        &tree,
+        &Setup {
+            frames_mib: 4,
+            ..Setup::default()
+        },
+    );
+    let mut guest = Guest::spawn(
+        tree.root(),
+        "plain",
+        &As {
+            named: true,
+            ..As::default()
+        },
+    );
     match guest.ask(&guest.connect_order(&daemon.socket(), "user-mode-only")) {
         Answer::Connected { full: false, .. } => {}
         other => panic!("{other:?}"),
@@ -103,7 +158,11 @@ fn local_user_mode_faults_only() {
     daemon.admin().reclaim(1 << 20);
     // A system call on a page that is not there fails and does not hang; populated, it works.
     assert!(guest.probe(mapping, 3).is_err());
-    guest.ask(&Order::Populate { mapping, first: 0, count: 64 });
+    guest.ask(&Order::Populate {
+        mapping,
+        first: 0,
+        count: 64,
+    });
     assert_eq!(guest.probe(mapping, 3), Ok(1));
     daemon.audit_clean();
 }

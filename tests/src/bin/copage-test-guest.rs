@@ -162,7 +162,9 @@ impl Agent {
             Order::Probe { mapping, page } => {
                 let mut bytes = [0; PAGE_SIZE];
                 let at = self.address(mapping, page)?;
-                std::fs::File::open("/proc/self/mem")?.read_exact_at(&mut bytes, at)?;
+                if copage_grants::sys::read_own_memory(at as usize, &mut bytes)? != PAGE_SIZE {
+                    bail!("page {page} is there in part");
+                }
                 Ok(answer_page(&bytes, page))
             }
             Order::Poke { mapping, page } => {
@@ -217,6 +219,15 @@ impl Agent {
                     host_bounded: file.host_bounded(),
                 })
             }
+            Order::LastError { mapping } => match &*self.view(mapping)? {
+                View::Faulted(mapping, _) => {
+                    let why = mapping
+                        .last_error()
+                        .map(|e| format!("{:?}: {}", e.offset, e.error));
+                    Ok(Answer::Lost { why })
+                }
+                View::Pinned(..) => Ok(Answer::Lost { why: None }),
+            },
             Order::Unmap => {
                 self.views.clear();
                 Ok(Answer::Done)
