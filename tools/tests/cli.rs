@@ -2,7 +2,11 @@
 //! against a daemon of its own.
 //!
 //! Cannot show: that what the daemon says of itself is so; other tests do.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
 
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Read};
@@ -58,9 +62,8 @@ impl Daemon {
         let share = dir.path().join("share");
         std::fs::create_dir(&share).unwrap();
         std::fs::write(share.join("file"), vec![b'x'; 10_000]).unwrap();
-        let (reader, writer) = std::io::pipe().unwrap();
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
         let fd = writer.as_raw_fd().to_string();
-        rustix::io::fcntl_setfd(&writer, rustix::io::FdFlags::empty()).unwrap();
         let export = format!("share={}", share.display());
         let args = [
             "serve",
@@ -78,7 +81,9 @@ impl Daemon {
         drop(writer);
         let mut ready = String::new();
         // Not to its end: the daemon, and children of other tests, hold the other end.
-        BufReader::new(reader).read_line(&mut ready).unwrap();
+        BufReader::new(std::fs::File::from(reader))
+            .read_line(&mut ready)
+            .unwrap();
         assert_eq!(ready, "READY\n");
         Self { child, dir }
     }

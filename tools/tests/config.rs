@@ -1,7 +1,11 @@
 //! Configurations, good and bad: every mistake is told, with its line and its key.
 //!
 //! Cannot show: that the daemon does what the settings say.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
 
 use copage::config::{Config, ConfigErrors, Limits, Mode, Severity};
 use std::path::{Path, PathBuf};
