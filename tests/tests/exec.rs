@@ -3,7 +3,11 @@
 //!
 //! Cannot show: musl's loader, and other machines' layouts; libraries that a program opens by dlopen.
 
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
 
 use copage_grants::sys::SignalFd;
 use copage_mmap::exec::{Command, ExecError, Running, Search};
@@ -21,7 +25,8 @@ use std::time::Duration;
 fn daemon(tree: &Tree) -> Daemon {
     let setup = Setup {
         frames_mib: 128,
-        tables: "[[export]]\nname = \"usr\"\npath = \"/usr\"\nmode = \"ro\"\nallow = [\"*\"]\n".into(),
+        tables: "[[export]]\nname = \"usr\"\npath = \"/usr\"\nmode = \"ro\"\nallow = [\"*\"]\n"
+            .into(),
         ..Setup::default()
     };
     Daemon::start(tree, &setup)
@@ -44,7 +49,9 @@ fn command(path: &str, args: &[&str]) -> Command {
 fn status(export: &Export, path: &str, args: &[&str]) -> ExitStatus {
     let mut running = command(path, args).start(export).unwrap();
     let signals = SignalFd::new(&Running::SIGNALS).unwrap();
-    running.wait(&signals, |_| Some(Duration::from_millis(20))).unwrap()
+    running
+        .wait(&signals, |_| Some(Duration::from_millis(20)))
+        .unwrap()
 }
 
 fn refused(export: &Export, path: &str) -> ExecError {
@@ -62,18 +69,37 @@ fn local_a_dynamic_program_runs_with_its_text_on_frames() {
     let mut daemon = daemon(&tree);
     let export = attach(&daemon, "usr");
     let mut running = command("bin/sleep", &["30"]).start(&export).unwrap();
-    let dynamic = running.plan().dynamic.clone().expect("sleep is dynamic here");
-    assert!(dynamic.libraries.iter().any(|l| l.name.starts_with(b"libc.so")));
+    let dynamic = running
+        .plan()
+        .dynamic
+        .clone()
+        .expect("sleep is dynamic here");
+    assert!(
+        dynamic
+            .libraries
+            .iter()
+            .any(|l| l.name.starts_with(b"libc.so"))
+    );
     let text = wait::some(Duration::from_secs(5), "the program's text", || {
-        running.text().ok().filter(|text| text.files.iter().filter(|f| f.on_frames).count() >= 3)
+        running
+            .text()
+            .ok()
+            .filter(|text| text.files.iter().filter(|f| f.on_frames).count() >= 3)
     });
     assert!(text.on_frames_pages > 50 && text.own_pages == 0, "{text:?}");
     // Elsewhere is the vdso and nothing of this machine's files.
-    assert!(text.files.iter().all(|file| file.on_frames || file.pages == 0), "{text:?}");
+    assert!(
+        text.files
+            .iter()
+            .all(|file| file.on_frames || file.pages == 0),
+        "{text:?}"
+    );
     let pid = rustix::process::Pid::from_raw(running.pid().cast_signed()).unwrap();
     rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
     let signals = SignalFd::new(&Running::SIGNALS).unwrap();
-    let status = running.wait(&signals, |_| Some(Duration::from_millis(20))).unwrap();
+    let status = running
+        .wait(&signals, |_| Some(Duration::from_millis(20)))
+        .unwrap();
     assert_eq!(status.signal(), Some(libc::SIGTERM));
     drop(running);
     drop(export);
@@ -87,14 +113,25 @@ fn local_a_program_gets_its_arguments_and_gives_its_status() {
     let export = attach(&daemon, "usr");
     let out = tree.at("out");
     let script = format!("printf '%s|' \"$0\" \"$@\" > {}; exit 7", out.display());
-    let ended = status(&export, "/usr/bin/sh", &["-c", &script, "name", "a b", "-x", ""]);
+    let ended = status(
+        &export,
+        "/usr/bin/sh",
+        &["-c", &script, "name", "a b", "-x", ""],
+    );
     assert_eq!(ended.code(), Some(7));
     assert_eq!(fs::read_to_string(&out).unwrap(), "name|a b|-x||");
     // The program knows itself by the name that was typed, and inherits no descriptor.
-    let script = format!("echo \"$0\" > {}; ls /proc/self/fd | wc -l >> {}", out.display(), out.display());
+    let script = format!(
+        "echo \"$0\" > {}; ls /proc/self/fd | wc -l >> {}",
+        out.display(),
+        out.display()
+    );
     fs::write(tree.at("in"), &script).unwrap();
     assert!(status(&export, "bash", &[tree.at("in").to_str().unwrap()]).success());
-    assert_eq!(status(&export, "sh", &["-c", "kill -9 $$"]).signal(), Some(libc::SIGKILL));
+    assert_eq!(
+        status(&export, "sh", &["-c", "kill -9 $$"]).signal(),
+        Some(libc::SIGKILL)
+    );
     drop(export);
     daemon.audit_clean();
 }
@@ -109,24 +146,44 @@ fn local_a_change_on_the_host_does_not_touch_a_program_that_runs() {
     // A whole small system: the program, and the loader and libraries that it names.
     program(&tree, "sleep", &sleep, 0o755);
     let usr = daemon(&tree);
-    let plan = command("bin/sleep", &["0"]).start(&attach(&usr, "usr")).unwrap().plan().clone();
+    let plan = command("bin/sleep", &["0"])
+        .start(&attach(&usr, "usr"))
+        .unwrap()
+        .plan()
+        .clone();
     let dynamic = plan.dynamic.unwrap();
-    let from_usr = |path: &[u8]| fs::read(format!("/usr{}", String::from_utf8_lossy(path))).unwrap();
+    let from_usr =
+        |path: &[u8]| fs::read(format!("/usr{}", String::from_utf8_lossy(path))).unwrap();
     let interp = String::from_utf8_lossy(&dynamic.loader.path).into_owned();
     let name = interp.rsplit('/').next().unwrap();
-    program(&tree, &format!("lib64/{name}"), &from_usr(&dynamic.loader.path), 0o755);
+    program(
+        &tree,
+        &format!("lib64/{name}"),
+        &from_usr(&dynamic.loader.path),
+        0o755,
+    );
     for library in &dynamic.libraries {
         let name = String::from_utf8_lossy(&library.name).into_owned();
-        program(&tree, &format!("lib/{name}"), &from_usr(&library.part.path), 0o644);
+        program(
+            &tree,
+            &format!("lib/{name}"),
+            &from_usr(&library.part.path),
+            0o644,
+        );
     }
     let export = attach(&usr, "export");
     let mut running = command("sleep", &["1"]).start(&export).unwrap();
     fs::write(tree.file("sleep"), b"no program any more").unwrap();
     let signals = SignalFd::new(&Running::SIGNALS).unwrap();
-    let ended = running.wait(&signals, |_| Some(Duration::from_millis(20))).unwrap();
+    let ended = running
+        .wait(&signals, |_| Some(Duration::from_millis(20)))
+        .unwrap();
     assert!(ended.success(), "{ended:?}");
     wait::until(Duration::from_secs(5), "the change", || {
-        matches!(command("sleep", &[]).start(&export), Err(ExecError::Elf { .. }))
+        matches!(
+            command("sleep", &[]).start(&export),
+            Err(ExecError::Elf { .. })
+        )
     });
 }
 
@@ -145,14 +202,29 @@ fn local_what_cannot_run_says_why() {
     let mut daemon = daemon(&tree);
     let export = attach(&daemon, "export");
     fs::create_dir(tree.file("dir")).unwrap();
-    assert!(matches!(refused(&export, "dir"), ExecError::Directory { .. }));
+    assert!(matches!(
+        refused(&export, "dir"),
+        ExecError::Directory { .. }
+    ));
     assert!(matches!(refused(&export, "empty"), ExecError::Empty { .. }));
     assert!(matches!(refused(&export, "text"), ExecError::Elf { .. }));
-    assert!(matches!(refused(&export, "nox"), ExecError::NotExecutable { .. }));
+    assert!(matches!(
+        refused(&export, "nox"),
+        ExecError::NotExecutable { .. }
+    ));
     assert!(matches!(refused(&export, "cut"), ExecError::Elf { .. }));
-    assert!(matches!(refused(&export, "lost"), ExecError::NotFound { .. }));
-    assert!(matches!(refused(&export, "foreign"), ExecError::Foreign { .. }));
-    assert!(matches!(refused(&export, "out"), ExecError::NotFound { .. }));
+    assert!(matches!(
+        refused(&export, "lost"),
+        ExecError::NotFound { .. }
+    ));
+    assert!(matches!(
+        refused(&export, "foreign"),
+        ExecError::Foreign { .. }
+    ));
+    assert!(matches!(
+        refused(&export, "out"),
+        ExecError::NotFound { .. }
+    ));
     assert_eq!(refused(&export, "none").exit_status(), 127);
     let usr = attach(&daemon, "usr");
     assert!(matches!(refused(&usr, "lib"), ExecError::Directory { .. }));

@@ -276,6 +276,6 @@ mod tests {
     fn times_before_1970_and_absurd_ones_are_taken() {
         assert_eq!(time((-1, 500_000_000)), UNIX_EPOCH - Duration::from_millis(500));
         assert_eq!(time((1, 1)), UNIX_EPOCH + Duration::new(1, 1));
-        assert_eq!(time((i64::MAX, 999_999_999)), UNIX_EPOCH);
+        assert!(time((i64::MAX, 999_999_999)) > UNIX_EPOCH && time((i64::MIN, 0)) <= UNIX_EPOCH);
     }
 }

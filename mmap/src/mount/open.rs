@@ -17,7 +17,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use fuser::{BackingId, Errno, FileHandle, FopenFlags, ReplyOpen, ReplyXattr};
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 
 /// How an open file reaches its bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,8 +47,6 @@ pub(super) struct OpenFile {
     bytes: u64,
     /// The session it is of.
     session: u64,
-    /// Page-cache form: the kernel has been told of a change already.
-    told: AtomicBool,
 }
 
 impl OpenFile {
@@ -56,7 +54,8 @@ impl OpenFile {
         if self.backing.is_some() { Form::Frames } else { Form::PageCache }
     }
 
-    /// Has the daemon said that the host changed the file since it was opened?
+    /// Has the daemon said that the host changed the file since it was opened? It says so of files
+    /// that are pinned, not of those that are only read.
     pub(super) fn changed(&self) -> bool {
         self.file.version() != self.file.opened_version()
     }
@@ -119,8 +118,9 @@ pub(super) fn opener(core: &Core, jobs: &Receiver<Job>, changes: &Sender<u64>) {
     }
 }
 
-/// Tells the kernel of changes to files in page-cache form, until all senders are gone: those it is
-/// told of, and while any such file is open those that the daemon has told of.
+/// Tells the kernel of files whose attributes it must ask for anew, until all senders are gone; and,
+/// while files are open in page-cache form, of those that the host has changed: the daemon says nothing
+/// of its own accord about a file that is only read.
 pub(super) fn watch_changes(core: &Core, changes: &Receiver<u64>) {
     loop {
         let message = if core.page_cache_opens.load(Ordering::Relaxed) > 0 {
@@ -130,20 +130,8 @@ pub(super) fn watch_changes(core: &Core, changes: &Receiver<u64>) {
         };
         match message {
             Ok(id) => core.invalidate(id, false),
-            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Timeout) => core.look_for_changes(),
             Err(RecvTimeoutError::Disconnected) => return,
-        }
-        let changed: Vec<u64> = {
-            let table = core.table.lock();
-            let news = |file: &&Arc<OpenFile>| {
-                file.form() == Form::PageCache
-                    && file.changed()
-                    && !file.told.swap(true, Ordering::Relaxed)
-            };
-            table.iter().filter(|(_, e)| e.open.file().filter(news).is_some()).map(|(id, _)| id).collect()
-        };
-        for id in changed {
-            core.invalidate(id, true);
         }
     }
 }
@@ -176,7 +164,8 @@ impl Core {
         let job = match &mut entry.open.state {
             State::Opening(waiting) => return waiting.push(reply),
             State::Open { file, count }
-                if file.session == last.number
+                if file.form() == Form::Frames
+                    && file.session == last.number
                     && !last.is_lost()
                     && !file.changed()
                     && !file.file.host_bounded() =>
@@ -272,13 +261,10 @@ impl Core {
                 }
             }
             State::Open { file, count } => {
-                // Page-cache form follows the file, as on any file system.
-                let keep = file.session == session
-                    && !file.changed()
-                    && entry.attr.as_ref().is_some_and(|old| same_content(old, &attr));
+                // Page-cache form follows the file, as on any network file system.
+                let keep = entry.attr.as_ref().is_some_and(|old| same_content(old, &attr));
                 entry.attr = Some(attr);
-                let stale = file.session != session || file.changed();
-                if !stale {
+                if file.session == session {
                     *count += 1;
                     return answer(reply, file, keep);
                 }
@@ -296,8 +282,8 @@ impl Core {
         }
     }
 
-    /// Opens a file in page-cache form anew that is open in it, for one more open. `None`: it is no
-    /// longer open.
+    /// Opens a file in the present session that is open in page-cache form in a lost one, for one more
+    /// open. `None`: it is no longer open.
     fn open_anew(&self, id: u64) -> Result<Option<Arc<OpenFile>>, Errno> {
         let new = Arc::new(self.ask_open(id, None)?);
         Ok(self.replace(id, new, 1))
@@ -322,6 +308,29 @@ impl Core {
         entry.open.keep_cache(&new);
         drop(table);
         Some(new)
+    }
+
+    /// Compares the files that are open in page-cache form with the host's.
+    fn look_for_changes(&self) {
+        let open: Vec<u64> = {
+            let table = self.table.lock();
+            let read = |opens: &Opens| opens.file().is_some_and(|f| f.form() == Form::PageCache);
+            table.iter().filter(|(_, entry)| read(&entry.open)).map(|(id, _)| id).collect()
+        };
+        for id in open {
+            // An error is met by whoever reads.
+            let Ok(attr) = self.ask(id, |_, node| node.attr()) else { continue };
+            let changed = {
+                let mut table = self.table.lock();
+                table.get_mut(id).is_some_and(|entry| {
+                    let old = entry.attr.replace(attr);
+                    old.is_none_or(|old| !same_content(&old, &attr))
+                })
+            };
+            if changed {
+                self.invalidate(id, true);
+            }
+        }
     }
 
     /// Opens the file of `id`: on frames when `reply` can register a backing file and it fits, else
@@ -417,7 +426,7 @@ impl Core {
 
 impl OpenFile {
     fn new(file: File, backing: Option<BackingId>, bytes: u64, session: u64) -> Self {
-        Self { file, backing, bytes, session, told: AtomicBool::new(false) }
+        Self { file, backing, bytes, session }
     }
 }
 

@@ -10,7 +10,7 @@ use crate::mapped::{Change, Mapped};
 use crate::mapping::MapKind;
 use crate::session::Answer;
 use crate::uffd::{FaultEvent, UffdMsg};
-use copage_coherence::msg::{FaultHint, Generation, PageRange, Reply, Request};
+use copage_coherence::msg::{FaultHint, Generation, OpenHow, PageRange, Reply, Request};
 use copage_grants::{PAGE_SIZE, PAGE_SIZE_U64, PageIndex, Version};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -241,17 +241,18 @@ impl Pager {
         fd: Option<OwnedFd>,
         recall: Option<u64>,
     ) {
-        let Some(fd) = fd else {
+        // What is pinned is mapped by nobody here and keeps its home: it only hears of the newer one.
+        if fd.is_none() && file.how() == OpenHow::Map {
             self.lose(LostWhy::Protocol(
                 "a newer content came without its descriptor".into(),
             ));
             return;
-        };
+        }
         let content = Content {
             generation,
             version,
             bytes,
-            home: Some(Arc::new(fd)),
+            home: fd.map(Arc::new),
         };
         file.rebases.fetch_add(1, Ordering::SeqCst);
         let _ = self.shared.jobs.send(Job::Rebase {

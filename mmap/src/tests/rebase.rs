@@ -237,3 +237,31 @@ fn local_a_stale_that_is_not_newer_is_refused_and_not_asked_for_ever() {
     assert_eq!(got, -1);
     assert_eq!(mapping.last_error().unwrap().error.errno(), libc::EPROTO);
 }
+
+/// The daemon gives no descriptor of a newer home to who has pinned the older: it has holes.
+#[test]
+fn local_a_pinned_file_hears_of_newer_content_and_keeps_its_own() {
+    let fake = Fake::start(BYTES);
+    let client = connect(&fake);
+    let file = open(&client, OpenHow::Pin);
+    let opened = file.opened_version();
+    fake.change(4096, false);
+    let notice = Notice::Rebase {
+        recall: 43,
+        file: FileToken(5),
+        generation: Generation(2),
+        version: copage_grants::Version::new(1, 2),
+        bytes: 4096,
+        deadline_ms: 1000,
+    };
+    fake.notify(&notice, None);
+    fake.wait("acked", |s| s.seen.contains(&Seen::Ack(43)));
+    assert_eq!(client.lost(), None);
+    assert_eq!(file.generation(), Generation(2));
+    assert!(file.version() > file.opened_version() && file.opened_version() == opened);
+    let stat = rustix::fs::fstat(file.descriptor().unwrap()).unwrap();
+    assert_eq!(stat.st_size.unsigned_abs(), BYTES);
+    fake.wait("nothing said to be unmapped", |s| {
+        !s.seen.iter().any(|seen| matches!(seen, Seen::Unmapped { .. }))
+    });
+}
