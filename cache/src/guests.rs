@@ -8,6 +8,7 @@ use crate::file::{CachedFile, Home, Inner, each_run};
 use crate::frames::FrameState;
 use copage_grants::{DomId, FrameNo, PageIndex, Revocation};
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 
 impl Cache {
     /// Sets what a guest may have, now and after reconnects.
@@ -311,6 +312,9 @@ impl Cache {
                 home.index.remove(first + n as u32);
                 table.release(*frame, file.id.0, true);
             }
+            let taken = frames.len() as u64;
+            self.counters.reclaimed_granted.fetch_add(taken, Relaxed);
+            self.counters.reclaim_calls.fetch_add(1, Relaxed);
             Ok::<(), CacheError>(())
         });
         if let Err(error) = done {
