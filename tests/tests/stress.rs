@@ -49,12 +49,13 @@ fn run(run: &Run, sum: &mut Sum) {
         tree.pattern(&format!("f{file}"), PAGES);
     }
     let setup = Setup {
-        frames_mib: 8,
+        frames_mib: 16,
         force: run.force,
         ..Setup::default()
     };
     let mut daemon = Daemon::start(&tree, &setup);
     let mut admin = daemon.admin();
+    admin.set_budget(8);
     let mut guests: Vec<Guest> = (0..run.guests)
         .map(|i| Guest::connected(tree.root(), &daemon.socket(), &format!("g{i}")))
         .collect();
@@ -127,12 +128,11 @@ fn run(run: &Run, sum: &mut Sum) {
 fn local_a_million_recalls() {
     let mut sum = Sum::default();
     for (guests, force, recalls, seconds_max) in [
-        (1, true, 100_000, 20),
+        (1, true, 30_000, 15),
         (2, true, 150_000, 20),
-        (16, true, 500_000, 45),
-        (64, true, 300_000, 45),
-        (2, false, 20_000, 20),
-        (16, false, 50_000, 20),
+        (64, true, 250_000, 30),
+        (2, false, 20_000, 10),
+        (16, false, 50_000, 15),
     ] {
         run(
             &Run {
@@ -144,6 +144,16 @@ fn local_a_million_recalls() {
             &mut sum,
         );
     }
+    let recalls = RECALLS.saturating_sub(sum.recalls).max(200_000);
+    run(
+        &Run {
+            guests: 16,
+            force: true,
+            recalls,
+            seconds_max: 120,
+        },
+        &mut sum,
+    );
     println!(
         "in all {} pages recalled, {} pages read and checked",
         sum.recalls, sum.pages
