@@ -167,7 +167,7 @@ impl Agent {
         self.view(mapping)?.bytes().read_into(page as usize * PAGE_SIZE, &mut buffer);
         let version = match pattern::check(&buffer, page) {
             PageContent::Whole(version) => version,
-            PageContent::Wrong => 0,
+            PageContent::Crossed { .. } | PageContent::Wrong => 0,
         };
         Ok(Answer::Page { version })
     }
@@ -215,7 +215,13 @@ fn watch(bytes: &VolatileBytes<'_>, random: bool, stop: &AtomicBool) -> Watched 
         };
         let at = page as usize * PAGE_SIZE;
         bytes.read_into(at, &mut buffer);
-        match pattern::check(&buffer, page) {
+        let mut content = pattern::check(&buffer, page);
+        if let PageContent::Crossed { .. } = content {
+            watched.crossed += 1;
+            bytes.read_into(at, &mut buffer);
+            content = pattern::check(&buffer, page);
+        }
+        match content {
             PageContent::Whole(version) => {
                 watched.backwards += u64::from(version < seen[page as usize]);
                 seen[page as usize] = version;
@@ -225,7 +231,8 @@ fn watch(bytes: &VolatileBytes<'_>, random: bool, stop: &AtomicBool) -> Watched 
                     watched.newest_seen_ns = super::monotonic_ns();
                 }
             }
-            PageContent::Wrong => watched.wrong += 1,
+            // Twice in a row no change can hit the copy of one page.
+            PageContent::Crossed { .. } | PageContent::Wrong => watched.wrong += 1,
         }
         watched.pages += 1;
     }

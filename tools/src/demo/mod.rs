@@ -65,6 +65,14 @@ pub fn monotonic_ns() -> u64 {
     now.tv_sec.unsigned_abs() * 1_000_000_000 + now.tv_nsec.unsigned_abs()
 }
 
+/// Writes a file and waits until it is on the disk, so that reading it from there later does not
+/// have to wait for that.
+fn write_durably(path: &std::path::Path, bytes: &[u8]) -> std::io::Result<()> {
+    let mut file = std::fs::File::create(path)?;
+    std::io::Write::write_all(&mut file, bytes)?;
+    file.sync_all()
+}
+
 /// Runs the hidden guest.
 pub fn run_agent(args: &AgentArgs) -> Result<ExitCode> {
     agent::run(&args.socket, &args.name)?;

@@ -9,6 +9,14 @@ use copage_grants::PAGE_SIZE;
 pub enum PageContent {
     /// Every word is of this version and of the page that was asked for.
     Whole(u32),
+    /// The first words are of one version, all others of a later one: no page that ever was, but what
+    /// a copy shows that was under way, word by word, as a whole page took the other's place.
+    Crossed {
+        /// Of the first words.
+        old: u32,
+        /// Of the last.
+        new: u32,
+    },
     /// Anything else: torn between versions, zeros, or another page.
     Wrong,
 }
@@ -29,22 +37,31 @@ pub fn file(pages: u64, version: u32) -> Vec<u8> {
     bytes
 }
 
-/// Checks every word of `page`, which was read as page `index`.
+/// Checks every word of `page`, a copy made from its first word to its last of page `index`.
 pub fn check(page: &[u8], index: u64) -> PageContent {
-    let Some(first) = page.first_chunk::<8>() else {
-        return PageContent::Wrong;
+    let version_of = |word: Option<&[u8]>| {
+        word.and_then(|word| Some((u64::from_le_bytes(*word.first_chunk()?) >> 32) as u32))
     };
-    let version = (u64::from_le_bytes(*first) >> 32) as u32;
-    let whole = page
-        .chunks_exact(8)
-        .enumerate()
-        .all(|(i, word)| word == word_at(index, version, i as u64).to_le_bytes());
-    if whole && version != 0 { PageContent::Whole(version) } else { PageContent::Wrong }
+    let old = version_of(page.get(..8)).unwrap_or(0);
+    let new = version_of(page.len().checked_sub(8).and_then(|last| page.get(last..))).unwrap_or(0);
+    let mut version = old;
+    let right = page.chunks_exact(8).enumerate().all(|(i, word)| {
+        if version != new && word != word_at(index, version, i as u64).to_le_bytes() {
+            version = new;
+        }
+        word == word_at(index, version, i as u64).to_le_bytes()
+    });
+    match (right, old, new) {
+        (true, old, new) if old == new && old != 0 => PageContent::Whole(old),
+        (true, old, new) if 0 < old && old < new => PageContent::Crossed { old, new },
+        _ => PageContent::Wrong,
+    }
 }
 
 /// The version stands in the upper half of each word, a mix of page and place in the lower.
 fn word_at(index: u64, version: u32, place: u64) -> u64 {
-    let mixed = (index << 9 | place).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ u64::from(version);
+    let place = (index << 9 | place).wrapping_add(u64::from(version).wrapping_mul(0xd6e8_feb8_6659_fd93));
+    let mixed = place.wrapping_mul(0x9e37_79b9_7f4a_7c15);
     u64::from(version) << 32 | (mixed >> 32)
 }
 
@@ -62,7 +79,17 @@ mod tests {
         let mut newer = vec![0; PAGE_SIZE];
         fill(&mut newer, 7, 4);
         page[2048..].copy_from_slice(&newer[2048..]);
-        assert_eq!(check(&page, 7), PageContent::Wrong, "torn between versions");
+        assert_eq!(check(&page, 7), PageContent::Crossed { old: 3, new: 4 });
+        newer[2048..].copy_from_slice(&page[..2048]);
+        assert_eq!(check(&newer, 7), PageContent::Wrong, "words in the wrong place");
+        fill(&mut page, 7, 4);
+        fill(&mut newer, 7, 3);
+        page[2048..].copy_from_slice(&newer[2048..]);
+        assert_eq!(check(&page, 7), PageContent::Wrong, "new before old");
+        fill(&mut page, 7, 3);
+        fill(&mut newer, 7, 4);
+        page[1024..2048].copy_from_slice(&newer[1024..2048]);
+        assert_eq!(check(&page, 7), PageContent::Wrong, "torn in the middle");
         fill(&mut page, 7, 3);
         page[4095] ^= 1;
         assert_eq!(check(&page, 7), PageContent::Wrong, "one bit");

@@ -104,6 +104,9 @@ pub struct Watched {
     pub pages: u64,
     /// Pages torn, zero, or another's.
     pub wrong: u64,
+    /// Pages that were replaced by a newer version while they were being copied word by word: read
+    /// again, and counted as wrong if they were not whole then.
+    pub crossed: u64,
     /// Pages whose version was below one seen earlier of the same page.
     pub backwards: u64,
     /// The lowest version of the last pass or, for random reads, the last page.

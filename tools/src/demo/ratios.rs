@@ -21,7 +21,7 @@ const REPETITIONS: usize = 5;
 /// Measures and shows.
 pub fn show(report: &mut Report, socket: &Path, scratch: &Path) -> Result<()> {
     let path = scratch.join("ratios");
-    std::fs::write(&path, pattern::file(PAGES, 1))?;
+    super::write_durably(&path, &pattern::file(PAGES, 1))?;
     let client = Client::connect(socket, &ConnectOptions::named("ratios"))?;
     let export = client.attach("scratch")?;
     let file = export.resolve(b"ratios")?.open(OpenHow::Map)?;

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// The session lease during the demo, in ms: short, so that an expiry can be watched.
-pub const LEASE_TTL_MS: u32 = 1000;
+pub const LEASE_TTL_MS: u32 = 2000;
 /// The frame budget to begin with, in MiB.
 pub const FRAMES_MIB: u64 = 256;
 /// The pattern file that is changed on the host, in pages (8 MiB).
@@ -189,6 +189,7 @@ impl Scene<'_> {
         let seen = watched(ask_all(&mut self.guests, &Order::Stop)?)?;
         let pages: u64 = seen.iter().map(|watched| watched.pages).sum();
         let wrong: u64 = seen.iter().map(|watched| watched.wrong + watched.backwards).sum();
+        let crossed: u64 = seen.iter().map(|watched| watched.crossed).sum();
         let all_new = seen.iter().all(|watched| watched.version == 2);
         let last_ns = seen.iter().map(|watched| watched.newest_seen_ns).max().unwrap_or(0);
         let delay_ms = last_ns.saturating_sub(written_ns) as f64 / 1e6;
@@ -197,7 +198,8 @@ impl Scene<'_> {
             wrong == 0 && all_new,
             format!(
                 "{} rewritten on the host under {} readers: version 2 seen by {}, the last {delay_ms:.1} ms \
-                 after the write; {pages} pages checked, {wrong} torn or old again",
+                 after the write; {pages} pages checked, {wrong} torn or old again ({crossed} replaced \
+                 while being copied)",
                 mib(CHANGED_PAGES * PAGE_SIZE_U64),
                 seen.len(),
                 if all_new { "all" } else { "NOT all" },
@@ -248,14 +250,14 @@ impl Scene<'_> {
     /// The budget is cut to half of what the guests read at random.
     pub fn budget(&mut self) -> Result<()> {
         let path = self.scratch.join("load");
-        std::fs::write(&path, pattern::file(LOAD_PAGES, 1))?;
+        super::write_durably(&path, &pattern::file(LOAD_PAGES, 1))?;
         ask_all(&mut self.guests, &Order::Unmap)?;
         let order = Order::Map { export: "scratch".into(), paths: vec!["load".into()] };
         ask_all(&mut self.guests, &order)?;
         self.daemon.ask(&AdminRequest::Drop)?;
         let set = LOAD_PAGES * PAGE_SIZE_U64;
         // Once through, so that the first figure is of warm pages.
-        self.watch_for(Duration::from_millis(900))?;
+        ask_all(&mut self.guests, &Order::Checksum)?;
         let full = self.watch_for(Duration::from_millis(700))?;
         let half_mib = set / 2 / (1 << 20);
         ask_all(&mut self.guests, &Order::Watch { mapping: 0, random: true })?;

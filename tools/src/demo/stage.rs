@@ -35,6 +35,7 @@ impl DaemonProcess {
             .arg("--run-dir")
             .arg(&run_dir)
             .env("NOTIFY_SOCKET", &notify)
+            .env("COPAGE_LOG", "error")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .spawn()
@@ -119,8 +120,11 @@ impl Guest {
 
     /// Gives an order; take the answer with [`Self::answer`].
     pub fn order(&mut self, order: &Order) -> Result<()> {
-        writeln!(self.orders, "{}", serde_json::to_string(order)?)
-            .with_context(|| format!("an order to {}", self.name))
+        let line = serde_json::to_string(order)?;
+        writeln!(self.orders, "{line}").or_else(|error| {
+            let status = self.child.wait()?;
+            bail!("{} did not take the order {line}: {error}; it ended: {status}", self.name)
+        })
     }
 
     /// Waits for the answer; a failure of the guest is an error here.

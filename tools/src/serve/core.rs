@@ -36,7 +36,7 @@ pub(super) struct Core {
     greeting: usize,
     next_conn: u64,
     cache_due_ms: Option<u64>,
-    buffer: Vec<u8>,
+    pub(super) buffer: Vec<u8>,
     stopping: bool,
     pub(super) epoch: u32,
     pub(super) started_ms: u64,

@@ -2,7 +2,9 @@
 
 use super::core::Core;
 use super::ctx::Ctx;
+use super::dispatch::After;
 use super::handles::Handles;
+use super::limits::LAST_MESSAGES_MAX;
 use super::outbox::Unsent;
 use super::session::{Conn, Session};
 use copage_cache::{CachedFile, GuestLimits, Holder};
@@ -320,10 +322,26 @@ impl Core {
             self.drop_conn(id);
             return;
         }
-        if let Some(channel) = conn.channel.take() {
-            self.poller.remove(&channel);
-        }
         conn.outbox = super::outbox::Outbox::default();
+        let Some(channel) = conn.channel.take() else {
+            return;
+        };
+        self.poller.remove(&channel);
+        // What it had said before: a reply that could not be sent must not hide the Bye behind it.
+        for _ in 0..LAST_MESSAGES_MAX {
+            let Some(conn) = self.conns.get_mut(&id).filter(|c| c.session.is_some()) else {
+                return;
+            };
+            let Ok(received) = channel.try_recv(&mut self.buffer) else {
+                return;
+            };
+            let bytes = self.buffer.get(..received.len).unwrap_or_default();
+            if self.ctx.message(conn, bytes) == After::Close {
+                self.said_bye(id);
+                return;
+            }
+            self.act();
+        }
     }
 
     pub(super) fn could_not_send(&mut self, id: u64, unsent: Unsent) {

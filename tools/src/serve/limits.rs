@@ -54,3 +54,6 @@ const _: () = assert!(
     OUTBOX_PAUSE_BYTES + (IN_FLIGHT_MAX + 1) * copage_coherence::msg::MESSAGE_BYTES_MAX
         < OUTBOX_BYTES_MAX
 );
+/// The most messages read from a channel whose other end is closed: more than a socket's default
+/// buffer holds of the shortest (`net.core.wmem_default`, 212,992 bytes, some 700 a message).
+pub(super) const LAST_MESSAGES_MAX: usize = 1024;

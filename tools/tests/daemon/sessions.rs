@@ -148,6 +148,21 @@ fn local_bye_and_hang_up_end_sessions() {
     assert_eq!(stats.counters["sessions_ended"], 1);
 }
 
+/// A guest that asks, says Bye and closes its channel at once: the answers find nobody, and the Bye
+/// behind the questions must be heard all the same.
+#[test]
+fn local_bye_behind_unanswered_questions_is_heard() {
+    let host = Host::with(|c| c.lease_ttl_ms = 60_000);
+    for round in 0..50 {
+        let mut guest = host.guest("hasty");
+        for _ in 0..round {
+            guest.post(&Request::Exports);
+        }
+        guest.post(&Request::Bye);
+    }
+    eventually("no session after Bye", || sessions(&host) == 0);
+}
+
 #[test]
 fn local_a_killed_guest_is_gone_at_once() {
     // A shell cannot speak the protocol, so this very test is started again as the guest.
