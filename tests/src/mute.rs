@@ -182,7 +182,7 @@ pub fn run(socket: &Path, name: &str, path: &str, how: &str) -> std::io::Result<
                         let version = match pattern::check(page, index) {
                             PageContent::Whole(version) => version,
                             PageContent::Wrong if page.iter().all(|&b| b == 0) => continue,
-                            PageContent::Wrong => 0,
+                            PageContent::Crossed { .. } | PageContent::Wrong => 0,
                         };
                         if !versions.contains(&version) {
                             versions.push(version);

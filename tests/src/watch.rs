@@ -29,25 +29,6 @@ impl Draw {
     }
 }
 
-/// Is this the beginning of a version and the rest of a later one, neither older than `before`? A
-/// copy takes its loads one after the other, and the page may be replaced between two of them; a
-/// frame that is torn itself looks so too, but is found so again.
-fn is_straddled(bytes: &[u8], page: u64, before: u32) -> bool {
-    let version =
-        |word: Option<&[u8; 8]>| word.map_or(0, |w| (u64::from_le_bytes(*w) >> 32) as u32);
-    let (old, new) = (version(bytes.first_chunk()), version(bytes.last_chunk()));
-    if old < before || new <= old {
-        return false;
-    }
-    let (mut begin, mut end) = ([0; PAGE_SIZE], [0; PAGE_SIZE]);
-    pattern::fill(&mut begin, page, old);
-    pattern::fill(&mut end, page, new);
-    let place = (0..bytes.len())
-        .step_by(8)
-        .find(|&i| bytes[i..i + 8] != begin[i..i + 8]);
-    place.is_some_and(|i| bytes[i..] == end[i..])
-}
-
 fn describe(bytes: &[u8], page: (usize, u64), before: u32) -> WrongPage {
     let version =
         |word: Option<&[u8; 8]>| word.map_or(0, |w| (u64::from_le_bytes(*w) >> 32) as u32);
@@ -90,14 +71,14 @@ pub fn watch(
                     last[at] = version;
                     run.newest = run.newest.max(version);
                 }
-                _ if is_straddled(&page_bytes, page, last[at]) => {
+                (PAGE_SIZE, PageContent::Crossed { old, .. }) if old >= last[at] => {
                     // The page was replaced between two loads: what is there now must be whole.
                     view.read_into(at * PAGE_SIZE, &mut page_bytes);
                     match pattern::check(&page_bytes, page) {
                         PageContent::Whole(version) => last[at] = version,
                         // Replaced once more; the next visit will tell.
-                        PageContent::Wrong if is_straddled(&page_bytes, page, last[at] + 1) => {}
-                        PageContent::Wrong => run.wrong += 1,
+                        PageContent::Crossed { old: next, .. } if next > old => {}
+                        PageContent::Crossed { .. } | PageContent::Wrong => run.wrong += 1,
                     }
                 }
                 _ => {

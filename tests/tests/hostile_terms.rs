@@ -269,7 +269,7 @@ fn local_a_descriptor_handed_on_reads_nothing_new_after_the_fence() {
                 );
                 old += 1;
             }
-            copage::demo::pattern::PageContent::Wrong => {
+            _ => {
                 assert!(
                     bytes[..got].iter().all(|&b| b == 0),
                     "neither old nor nothing"

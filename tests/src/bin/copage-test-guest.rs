@@ -112,7 +112,7 @@ fn errno(error: &anyhow::Error) -> i32 {
 fn answer_page(bytes: &[u8], page: u64) -> Answer {
     let version = match pattern::check(bytes, page) {
         PageContent::Whole(version) => Some(version),
-        PageContent::Wrong => None,
+        PageContent::Crossed { .. } | PageContent::Wrong => None,
     };
     Answer::Page {
         version,
