@@ -94,6 +94,20 @@ impl Daemon {
     }
 }
 
+/// How long frames may take to become huge ones behind the fills.
+const HUGE_MAX: Duration = Duration::from_secs(5);
+
+impl Daemon {
+    /// Waits until at least `pages` pages are in 2 MiB frames, for at most some seconds; how many are.
+    pub fn wait_for_huge(&self, pages: u64) -> Result<u64> {
+        wait_for(HUGE_MAX, || {
+            let huge = self.stats().ok()?.frames_huge;
+            (huge >= pages).then_some(())
+        });
+        Ok(self.stats()?.frames_huge)
+    }
+}
+
 impl Drop for Daemon {
     fn drop(&mut self) {
         // A daemon that is gone already, or does not stop in time, is killed: all the same.

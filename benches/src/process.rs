@@ -70,6 +70,24 @@ impl Memory {
     }
 }
 
+/// Bytes of this process's mappings between `start` and `end` that are mapped by 2 MiB
+/// (proc_pid_smaps(5)).
+pub fn mapped_huge(start: usize, end: usize) -> Result<u64> {
+    let (mut sum, mut inside) = (0, false);
+    for line in read("/proc/self/smaps")?.lines() {
+        let head = line.split_once(' ').map_or("", |(range, _)| range);
+        let address = |text| usize::from_str_radix(text, 16).ok();
+        if let Some((from, to)) = head.split_once('-')
+            && let (Some(from), Some(to)) = (address(from), address(to))
+        {
+            inside = from < end && start < to;
+        } else if inside {
+            sum += (kib(line, "FilePmdMapped:") + kib(line, "ShmemPmdMapped:")) * 1024;
+        }
+    }
+    Ok(sum)
+}
+
 /// Voluntary context switches of all threads of `pid` so far: each is a thread that went to sleep.
 pub fn sleeps(pid: u32) -> Result<u64> {
     let mut sum = 0;

@@ -209,6 +209,9 @@ fn in_order(setting: &Setting, file: &TestFile, rows: &mut Vec<Row>) -> Result<(
         let client = daemon.connect()?;
         let (open, filler) = daemon::map(&client, file.name())?;
         filler.populate(0..filler.len())?;
+        if huge {
+            daemon.wait_for_huge(file.pages)?;
+        }
         opens.push((open, filler));
         daemons.push((daemon, client));
     }

@@ -4,7 +4,7 @@ use crate::daemon::{self, Daemon, DaemonOptions};
 use crate::files::{self, TestFile};
 use crate::limits::PAGES_PER_MIB;
 use crate::pattern::{LINE_BYTES, Random};
-use crate::process::Faults;
+use crate::process::{self, Faults};
 use crate::reader;
 use crate::setting::Setting;
 use crate::stats::interleaved;
@@ -53,7 +53,7 @@ pub fn run(setting: &Setting, rows: &mut Vec<Row>) -> Result<()> {
         mapping.populate(0..mapping.len())?;
         shared.push((client, file, mapping));
     }
-    let huge_pages = daemons[1].stats()?.frames_huge;
+    let huge_pages = daemons[1].wait_for_huge(sizes.warm_pages)?;
     // Fresh maps of what the daemons have made of it by now: 2 MiB frames may come after the pages.
     let mut mappings: Vec<Mapping> = Vec::new();
     for (_, file, _) in &shared {
@@ -70,12 +70,18 @@ pub fn run(setting: &Setting, rows: &mut Vec<Row>) -> Result<()> {
         native.as_volatile(),
     ];
 
-    let note_huge = if huge_pages == sizes.warm_pages {
-        String::new()
-    } else {
+    let mut by_huge = [0; 3];
+    for (sum, bytes) in by_huge.iter_mut().zip(sides) {
+        let start = bytes.as_ptr().addr();
+        *sum = process::mapped_huge(start, start + bytes.len())? / PAGE_SIZE as u64;
+    }
+    let note = |side: usize| {
         format!(
-            "only {huge_pages} of {} pages were in 2 MiB frames",
-            sizes.warm_pages
+            "mapped by 2 MiB: {} of {} pages ({} of them in 2 MiB frames), native {}",
+            by_huge[side],
+            sizes.warm_pages,
+            if side == 0 { 0 } else { huge_pages },
+            by_huge[2],
         )
     };
     let mut measure =
@@ -103,7 +109,8 @@ pub fn run(setting: &Setting, rows: &mut Vec<Row>) -> Result<()> {
                 .copage(&small)
                 .against(setting.native(), &native)
                 .ratio_at_least(0.99)
-                .faults(faults[0], faults[2]),
+                .faults(faults[0], faults[2])
+                .note(note(0)),
             );
             rows.push(
                 Row::new(
@@ -115,7 +122,7 @@ pub fn run(setting: &Setting, rows: &mut Vec<Row>) -> Result<()> {
                 .against(setting.native(), &native)
                 .ratio_at_least(0.99)
                 .faults(faults[1], faults[2])
-                .note(note_huge.clone()),
+                .note(note(1)),
             );
             anyhow::Ok(())
         };
