@@ -46,18 +46,18 @@ struct Shown<'s> {
 
 /// The daemon's own memory, `/proc/PID/status`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-struct Memory {
+pub(crate) struct Memory {
     /// Its heap, stacks and tables.
-    rss_anon_bytes: Option<u64>,
+    pub(crate) rss_anon_bytes: Option<u64>,
     /// Its program's text.
     rss_file_bytes: Option<u64>,
     /// Frames that it has mapped itself.
     rss_shmem_bytes: Option<u64>,
-    page_tables_bytes: Option<u64>,
+    pub(crate) page_tables_bytes: Option<u64>,
 }
 
 impl Memory {
-    fn of(pid: u32) -> Self {
+    pub(crate) fn of(pid: u32) -> Self {
         // Not there: it has just ended, or is in another PID namespace.
         Self::parse(&std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default())
     }

@@ -67,7 +67,9 @@ pub fn run(socket: &Path, name: &str) -> Result<()> {
         }
         let answer = agent
             .carry_out(order)
-            .unwrap_or_else(|error| Answer::Failed { why: format!("{error:#}") });
+            .unwrap_or_else(|error| Answer::Failed {
+                why: format!("{error:#}"),
+            });
         let mut out = std::io::stdout().lock();
         writeln!(out, "{}", serde_json::to_string(&answer)?)?;
         out.flush()?;
@@ -104,14 +106,17 @@ impl Agent {
     fn map(&mut self, export: &str, paths: &[String]) -> Result<Answer> {
         let client = self.client.as_ref().context("not connected")?;
         if !self.exports.contains_key(export) {
-            self.exports.insert(export.to_owned(), client.attach(export)?);
+            self.exports
+                .insert(export.to_owned(), client.attach(export)?);
         }
         let mut bytes = 0;
         for path in paths {
             let node = self.exports[export].resolve(path.as_bytes())?;
             let file = node.open(OpenHow::Map).with_context(|| path.clone())?;
             bytes += file.len();
-            let mapping = file.map(&MapOptions::default()).with_context(|| path.clone())?;
+            let mapping = file
+                .map(&MapOptions::default())
+                .with_context(|| path.clone())?;
             self.views.push(Arc::new(View::Shared(mapping)));
         }
         Ok(Answer::Mapped { bytes })
@@ -150,7 +155,9 @@ impl Agent {
     }
 
     fn view(&self, mapping: usize) -> Result<&Arc<View>> {
-        self.views.get(mapping).with_context(|| format!("there is no mapping {mapping}"))
+        self.views
+            .get(mapping)
+            .with_context(|| format!("there is no mapping {mapping}"))
     }
 
     fn frame(&self, mapping: usize, page: u64) -> Result<Answer> {
@@ -159,12 +166,16 @@ impl Agent {
         // Touched, so that there is a frame to name.
         bytes.read_into(at, &mut [0]);
         let entry = PageMap::own()?.entry(bytes.as_ptr().addr() + at)?;
-        Ok(Answer::Frame { pfn: entry.frame_number().unwrap_or(0) })
+        Ok(Answer::Frame {
+            pfn: entry.frame_number().unwrap_or(0),
+        })
     }
 
     fn read(&self, mapping: usize, page: u64) -> Result<Answer> {
         let mut buffer = [0; PAGE_SIZE];
-        self.view(mapping)?.bytes().read_into(page as usize * PAGE_SIZE, &mut buffer);
+        self.view(mapping)?
+            .bytes()
+            .read_into(page as usize * PAGE_SIZE, &mut buffer);
         let version = match pattern::check(&buffer, page) {
             PageContent::Whole(version) => version,
             PageContent::Crossed { .. } | PageContent::Wrong => 0,
@@ -208,7 +219,9 @@ fn watch(bytes: &VolatileBytes<'_>, random: bool, stop: &AtomicBool) -> Watched 
     let mut page = 0;
     while !stop.load(Ordering::Relaxed) && pages > 0 {
         page = if random {
-            draw = draw.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            draw = draw
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
             (draw >> 33) % pages
         } else {
             (page + 1) % pages

@@ -7,7 +7,13 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// Directories looked through below the export, libraries first.
-const LIBRARY_DIRS: [&str; 5] = ["lib/x86_64-linux-gnu", "lib/aarch64-linux-gnu", "lib64", "lib", ""];
+const LIBRARY_DIRS: [&str; 5] = [
+    "lib/x86_64-linux-gnu",
+    "lib/aarch64-linux-gnu",
+    "lib64",
+    "lib",
+    "",
+];
 /// Programs that most machines have.
 const PROGRAMS: [&str; 6] = ["bash", "ls", "sort", "tar", "sed", "grep"];
 /// Directories visited at most when the export has another layout.
@@ -29,7 +35,10 @@ pub struct Chosen {
 pub fn choose(root: &Path, bytes_max: u64, files_max: usize) -> Result<Vec<Chosen>> {
     let root = fs::canonicalize(root).with_context(|| format!("{}", root.display()))?;
     if !root.is_dir() {
-        bail!("{} is not a directory: give a directory with files to share", root.display());
+        bail!(
+            "{} is not a directory: give a directory with files to share",
+            root.display()
+        );
     }
     let mut candidates = Vec::new();
     for program in PROGRAMS {
@@ -53,7 +62,10 @@ pub fn choose(root: &Path, bytes_max: u64, files_max: usize) -> Result<Vec<Chose
         }
     }
     if chosen.is_empty() {
-        bail!("no readable regular file below {}: give a directory with files to share", root.display());
+        bail!(
+            "no readable regular file below {}: give a directory with files to share",
+            root.display()
+        );
     }
     Ok(chosen)
 }
@@ -68,9 +80,13 @@ fn below(root: &Path, dir: &Path) -> Vec<Chosen> {
     let mut visited = 0;
     while let Some(dir) = dirs.pop() {
         visited += 1;
-        let Ok(entries) = fs::read_dir(&dir) else { continue };
+        let Ok(entries) = fs::read_dir(&dir) else {
+            continue;
+        };
         for entry in entries.flatten() {
-            let Ok(kind) = entry.file_type() else { continue };
+            let Ok(kind) = entry.file_type() else {
+                continue;
+            };
             if kind.is_file() {
                 files.extend(candidate(root, &entry.path()));
             } else if kind.is_dir() && visited + dirs.len() < DIRS_MAX {
@@ -91,8 +107,17 @@ fn candidate(root: &Path, path: &Path) -> Option<Chosen> {
     let meta = fs::symlink_metadata(&host).ok()?;
     let plain = meta.is_file() && meta.len() > 0 && meta.dev() == fs::metadata(root).ok()?.dev();
     let nonblock = i32::try_from(OFlags::NONBLOCK.bits()).ok()?;
-    let readable = plain && fs::File::options().read(true).custom_flags(nonblock).open(&host).is_ok();
-    readable.then(|| Chosen { path: below, bytes: meta.len(), host })
+    let readable = plain
+        && fs::File::options()
+            .read(true)
+            .custom_flags(nonblock)
+            .open(&host)
+            .is_ok();
+    readable.then(|| Chosen {
+        path: below,
+        bytes: meta.len(),
+        host,
+    })
 }
 
 #[cfg(test)]
@@ -110,14 +135,20 @@ mod tests {
         fs::write(dir.path().join("lib/big"), vec![1; 90_000]).unwrap();
         std::os::unix::fs::symlink(outside.path(), dir.path().join("lib/link")).unwrap();
         let names = |bytes_max| {
-            let mut names: Vec<_> =
-                choose(dir.path(), bytes_max, 10).unwrap().into_iter().map(|f| f.path).collect();
+            let mut names: Vec<_> = choose(dir.path(), bytes_max, 10)
+                .unwrap()
+                .into_iter()
+                .map(|f| f.path)
+                .collect();
             names.sort();
             names
         };
         assert_eq!(names(1 << 20), ["lib/big", "lib/deep/a"]);
         assert_eq!(names(10_000), ["lib/deep/a"]);
-        assert!(choose(&dir.path().join("lib/big"), 1, 1).is_err(), "a file is no directory");
+        assert!(
+            choose(&dir.path().join("lib/big"), 1, 1).is_err(),
+            "a file is no directory"
+        );
         assert!(choose(&dir.path().join("none"), 1, 1).is_err());
     }
 }

@@ -89,14 +89,25 @@ pub fn run(args: &DemoArgs) -> Result<ExitCode> {
         format!(
             "local backend on Linux {}, {}: {} guests are processes, sharing {}",
             uname.release().to_string_lossy(),
-            if rustix::process::geteuid().is_root() { "as root" } else { "as an ordinary user" },
+            if rustix::process::geteuid().is_root() {
+                "as root"
+            } else {
+                "as an ordinary user"
+            },
             args.guests,
             args.dir.display()
         ),
     );
-    let dir = tempfile::Builder::new().prefix("copage-demo-").tempdir().context("a directory")?;
-    let root = std::fs::canonicalize(&args.dir)
-        .with_context(|| format!("{}: give a directory with files to share", args.dir.display()))?;
+    let dir = tempfile::Builder::new()
+        .prefix("copage-demo-")
+        .tempdir()
+        .context("a directory")?;
+    let root = std::fs::canonicalize(&args.dir).with_context(|| {
+        format!(
+            "{}: give a directory with files to share",
+            args.dir.display()
+        )
+    })?;
     let files = files::choose(&root, FILES_BYTES_MAX, FILES_MAX)?;
     let scratch = dir.path().join("scratch");
     std::fs::create_dir(&scratch)?;
@@ -122,7 +133,13 @@ pub fn run(args: &DemoArgs) -> Result<ExitCode> {
             mib(scenario::FRAMES_MIB << 20),
         ),
     );
-    let mut scene = Scene { report: &mut report, daemon: &daemon, guests, files: &files, scratch };
+    let mut scene = Scene {
+        report: &mut report,
+        daemon: &daemon,
+        guests,
+        files: &files,
+        scratch,
+    };
     let left = scene.share_files()?;
     scene.memory(left)?;
     scene.frame()?;
@@ -142,5 +159,9 @@ pub fn run(args: &DemoArgs) -> Result<ExitCode> {
         root.display()
     ));
     report.finish()?;
-    Ok(if report.all_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if report.all_ok() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }

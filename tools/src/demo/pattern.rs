@@ -60,7 +60,8 @@ pub fn check(page: &[u8], index: u64) -> PageContent {
 
 /// The version stands in the upper half of each word, a mix of page and place in the lower.
 fn word_at(index: u64, version: u32, place: u64) -> u64 {
-    let place = (index << 9 | place).wrapping_add(u64::from(version).wrapping_mul(0xd6e8_feb8_6659_fd93));
+    let place =
+        (index << 9 | place).wrapping_add(u64::from(version).wrapping_mul(0xd6e8_feb8_6659_fd93));
     let mixed = place.wrapping_mul(0x9e37_79b9_7f4a_7c15);
     u64::from(version) << 32 | (mixed >> 32)
 }
@@ -81,7 +82,11 @@ mod tests {
         page[2048..].copy_from_slice(&newer[2048..]);
         assert_eq!(check(&page, 7), PageContent::Crossed { old: 3, new: 4 });
         newer[2048..].copy_from_slice(&page[..2048]);
-        assert_eq!(check(&newer, 7), PageContent::Wrong, "words in the wrong place");
+        assert_eq!(
+            check(&newer, 7),
+            PageContent::Wrong,
+            "words in the wrong place"
+        );
         fill(&mut page, 7, 4);
         fill(&mut newer, 7, 3);
         page[2048..].copy_from_slice(&newer[2048..]);

@@ -88,8 +88,14 @@ fn random_reads(bytes: &VolatileBytes<'_>) -> f64 {
     let mut sum = 0_u64;
     let begin = Instant::now();
     for _ in 0..READS {
-        draw = draw.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        sum = sum.wrapping_add(bytes.read_u64(((draw >> 33) % lines * 64) as usize).unwrap_or(0));
+        draw = draw
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        sum = sum.wrapping_add(
+            bytes
+                .read_u64(((draw >> 33) % lines * 64) as usize)
+                .unwrap_or(0),
+        );
     }
     std::hint::black_box(sum);
     begin.elapsed().as_nanos() as f64 / READS as f64

@@ -27,16 +27,31 @@ pub struct Report {
 impl Report {
     /// Starts the clock.
     pub fn new(json: bool) -> Self {
-        Self { begin: Instant::now(), json, lines: Vec::new() }
+        Self {
+            begin: Instant::now(),
+            json,
+            lines: Vec::new(),
+        }
     }
 
     /// Shows a line. `ok` false marks it and makes the demo fail.
     pub fn line(&mut self, topic: &'static str, ok: bool, text: impl Into<String>) {
-        let line = Line { at_s: self.begin.elapsed().as_secs_f64(), topic, text: text.into(), ok };
+        let line = Line {
+            at_s: self.begin.elapsed().as_secs_f64(),
+            topic,
+            text: text.into(),
+            ok,
+        };
         if !self.json {
             let mark = if line.ok { ' ' } else { '!' };
             // A closed pipe ends the display, not the checks.
-            let _ = writeln!(std::io::stdout(), "{:5.1}s {mark}{:<9} {}", line.at_s, line.topic, line.text);
+            let _ = writeln!(
+                std::io::stdout(),
+                "{:5.1}s {mark}{:<9} {}",
+                line.at_s,
+                line.topic,
+                line.text
+            );
         }
         self.lines.push(line);
     }
@@ -70,5 +85,9 @@ impl Report {
 /// Bytes as a person reads them.
 pub fn mib(bytes: u64) -> String {
     let mib = bytes as f64 / f64::from(1 << 20);
-    if mib < 10.0 { format!("{mib:.1} MiB") } else { format!("{mib:.0} MiB") }
+    if mib < 10.0 {
+        format!("{mib:.1} MiB")
+    } else {
+        format!("{mib:.0} MiB")
+    }
 }

@@ -12,8 +12,11 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 /// Programs that are dynamic on common machines and can be made to wait for input.
-const PROGRAMS: [(&str, &[&str]); 3] =
-    [("bin/bash", &["-c", "read line"]), ("bin/cat", &[]), ("bin/sort", &[])];
+const PROGRAMS: [(&str, &[&str]); 3] = [
+    ("bin/bash", &["-c", "read line"]),
+    ("bin/cat", &[]),
+    ("bin/sort", &[]),
+];
 
 /// Runs one off the export `demo` and counts its text pages on shared frames.
 pub fn show(report: &mut Report, daemon: &DaemonProcess, root: &Path) -> Result<()> {
@@ -24,7 +27,10 @@ pub fn show(report: &mut Report, daemon: &DaemonProcess, root: &Path) -> Result<
     };
     // What a frame file is called by the kernel: pin the program and look.
     let client = Client::connect(&daemon.guest_socket(), &ConnectOptions::named("exec-check"))?;
-    let file = client.attach("demo")?.resolve(program.as_bytes())?.open(OpenHow::Pin)?;
+    let file = client
+        .attach("demo")?
+        .resolve(program.as_bytes())?
+        .open(OpenHow::Pin)?;
     let frames_dev = FileId::of(file.descriptor()?)?.dev;
     let mut runner = Command::new(std::env::current_exe()?)
         .arg("exec")
@@ -48,7 +54,11 @@ pub fn show(report: &mut Report, daemon: &DaemonProcess, root: &Path) -> Result<
     drop(runner.stdin.take());
     let status = runner.wait()?;
     let Some(text) = last else {
-        report.line("exec", false, format!("{program} off the share did not run: {status}"));
+        report.line(
+            "exec",
+            false,
+            format!("{program} off the share did not run: {status}"),
+        );
         return Ok(());
     };
     let files = text.files.iter().filter(|file| file.on_frames).count();
@@ -68,11 +78,16 @@ pub fn show(report: &mut Report, daemon: &DaemonProcess, root: &Path) -> Result<
 fn text_of_child(runner: &Child, frames_dev: (u32, u32)) -> Result<Option<TextReport>> {
     let pid = runner.id();
     let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
-    let child = children.ok().and_then(|list| list.split_whitespace().next()?.parse::<u32>().ok());
+    let child = children
+        .ok()
+        .and_then(|list| list.split_whitespace().next()?.parse::<u32>().ok());
     let Some(entries) = child.and_then(|child| mappings(child).ok()) else {
         return Ok(None);
     };
-    let frames: HashSet<FileId> =
-        entries.iter().filter_map(|entry| entry.file).filter(|file| file.dev == frames_dev).collect();
+    let frames: HashSet<FileId> = entries
+        .iter()
+        .filter_map(|entry| entry.file)
+        .filter(|file| file.dev == frames_dev)
+        .collect();
     Ok(Some(TextReport::count(&entries, &frames)))
 }

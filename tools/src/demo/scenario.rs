@@ -1,7 +1,7 @@
 //! What the demo shows, a line a step. Every figure is measured while it runs.
 
 use super::files::Chosen;
-use super::memory::{ProcessMemory, page_cache_bytes};
+use super::memory::{own_bytes, page_cache_bytes};
 use super::pattern;
 use super::proto::{Answer, Order, Watched};
 use super::report::{Report, mib};
@@ -48,9 +48,10 @@ impl Scene<'_> {
     /// Grants of the guest with this name; `None` when the daemon knows no session of it.
     fn grants_of(&self, name: &str) -> Result<Option<u64>> {
         match self.daemon.ask(&AdminRequest::Guests)? {
-            AdminReply::Guests { guests } => {
-                Ok(guests.iter().find(|guest| guest.name == name).map(|guest| guest.grants))
-            }
+            AdminReply::Guests { guests } => Ok(guests
+                .iter()
+                .find(|guest| guest.name == name)
+                .map(|guest| guest.grants)),
             other => bail!("guests was answered by {other:?}"),
         }
     }
@@ -63,7 +64,13 @@ impl Scene<'_> {
         let cached_before = page_cache_bytes(hosts())?;
         let begin = Instant::now();
         let paths = self.files.iter().map(|file| file.path.clone()).collect();
-        ask_all(&mut self.guests, &Order::Map { export: "demo".into(), paths })?;
+        ask_all(
+            &mut self.guests,
+            &Order::Map {
+                export: "demo".into(),
+                paths,
+            },
+        )?;
         let answers = ask_all(&mut self.guests, &Order::Checksum)?;
         let took = begin.elapsed();
         let left = match (cached_before, page_cache_bytes(hosts())?) {
@@ -89,7 +96,11 @@ impl Scene<'_> {
                 mib(bytes),
                 took.as_secs_f64(),
                 self.guests.len() * self.files.len(),
-                if equal { "all equal to the host's" } else { "NOT equal to the host's" },
+                if equal {
+                    "all equal to the host's"
+                } else {
+                    "NOT equal to the host's"
+                },
             ),
         );
         Ok(left)
@@ -99,20 +110,31 @@ impl Scene<'_> {
     pub fn memory(&mut self, left_in_page_cache: Option<u64>) -> Result<()> {
         let guests = self.guests.len() as u64;
         let frames = self.stats()?.frames_used * PAGE_SIZE_U64;
-        let pids = self.guests.iter().map(Guest::pid).chain([self.daemon.pid()]);
-        let shared = ProcessMemory::of_all(pids)?;
+        let pids = self
+            .guests
+            .iter()
+            .map(Guest::pid)
+            .chain([self.daemon.pid()]);
+        let shared = own_bytes(pids);
         let left = left_in_page_cache.unwrap_or(0);
         let socket = self.daemon.guest_socket();
         let mut native = (0..guests)
             .map(|n| Guest::start(&socket, &format!("native{}", n + 1)))
             .collect::<Result<Vec<_>>>()?;
-        let paths = self.files.iter().map(|f| f.host.to_string_lossy().into_owned()).collect();
+        let paths = self
+            .files
+            .iter()
+            .map(|f| f.host.to_string_lossy().into_owned())
+            .collect();
         ask_all(&mut native, &Order::MapNative { paths })?;
         ask_all(&mut native, &Order::Checksum)?;
-        let natives = ProcessMemory::of_all(native.iter().map(Guest::pid))?;
+        let natives = own_bytes(native.iter().map(Guest::pid));
         let cached = page_cache_bytes(self.files.iter().map(|file| file.host.as_path()))?;
-        let rounded: u64 =
-            self.files.iter().map(|f| f.bytes.div_ceil(PAGE_SIZE_U64) * PAGE_SIZE_U64).sum();
+        let rounded: u64 = self
+            .files
+            .iter()
+            .map(|f| f.bytes.div_ceil(PAGE_SIZE_U64) * PAGE_SIZE_U64)
+            .sum();
         let cached = cached.unwrap_or(rounded);
         self.report.line(
             "memory",
@@ -120,9 +142,9 @@ impl Scene<'_> {
             format!(
                 "copage: frames {} once + processes {} + left in the host's page cache {} = {}",
                 mib(frames),
-                mib(shared.bytes()),
-                left_in_page_cache.map_or("(not told by this kernel)".into(), mib),
-                mib(frames + shared.bytes() + left),
+                mib(shared),
+                left_in_page_cache.map_or("(not told to this user)".into(), mib),
+                mib(frames + shared + left),
             ),
         );
         self.report.line(
@@ -131,8 +153,8 @@ impl Scene<'_> {
             format!(
                 "the same processes mapping natively: page cache {} once + processes {} = {}",
                 mib(cached),
-                mib(natives.bytes()),
-                mib(cached + natives.bytes()),
+                mib(natives),
+                mib(cached + natives),
             ),
         );
         self.report.line(
@@ -150,9 +172,14 @@ impl Scene<'_> {
 
     /// One page, one physical frame, in all guests.
     pub fn frame(&mut self) -> Result<()> {
-        let largest = (0..self.files.len()).max_by_key(|&n| self.files[n].bytes).unwrap_or(0);
+        let largest = (0..self.files.len())
+            .max_by_key(|&n| self.files[n].bytes)
+            .unwrap_or(0);
         let page = self.files[largest].bytes / PAGE_SIZE_U64 / 2;
-        let order = Order::Frame { mapping: largest, page };
+        let order = Order::Frame {
+            mapping: largest,
+            page,
+        };
         let frames: Vec<u64> = ask_all(&mut self.guests, &order)?
             .iter()
             .map(|answer| match answer {
@@ -167,7 +194,11 @@ impl Scene<'_> {
         } else {
             let same = frames.iter().all(|pfn| *pfn == frames[0]);
             let list: Vec<_> = frames.iter().map(|pfn| format!("{pfn:#x}")).collect();
-            self.report.line("frame", same, format!("{what} is physical frame {}", list.join(" = ")));
+            self.report.line(
+                "frame",
+                same,
+                format!("{what} is physical frame {}", list.join(" = ")),
+            );
         }
         Ok(())
     }
@@ -177,9 +208,18 @@ impl Scene<'_> {
         let path = self.scratch.join("changed");
         std::fs::write(&path, pattern::file(CHANGED_PAGES, 1))?;
         let mapping = self.files.len();
-        let order = Order::Map { export: "scratch".into(), paths: vec!["changed".into()] };
+        let order = Order::Map {
+            export: "scratch".into(),
+            paths: vec!["changed".into()],
+        };
         ask_all(&mut self.guests, &order)?;
-        ask_all(&mut self.guests, &Order::Watch { mapping, random: false })?;
+        ask_all(
+            &mut self.guests,
+            &Order::Watch {
+                mapping,
+                random: false,
+            },
+        )?;
         std::thread::sleep(Duration::from_millis(200));
         let file = std::fs::File::options().write(true).open(&path)?;
         file.write_all_at(&pattern::file(CHANGED_PAGES, 2), 0)?;
@@ -188,10 +228,17 @@ impl Scene<'_> {
         std::thread::sleep(Duration::from_millis(700));
         let seen = watched(ask_all(&mut self.guests, &Order::Stop)?)?;
         let pages: u64 = seen.iter().map(|watched| watched.pages).sum();
-        let wrong: u64 = seen.iter().map(|watched| watched.wrong + watched.backwards).sum();
+        let wrong: u64 = seen
+            .iter()
+            .map(|watched| watched.wrong + watched.backwards)
+            .sum();
         let crossed: u64 = seen.iter().map(|watched| watched.crossed).sum();
         let all_new = seen.iter().all(|watched| watched.version == 2);
-        let last_ns = seen.iter().map(|watched| watched.newest_seen_ns).max().unwrap_or(0);
+        let last_ns = seen
+            .iter()
+            .map(|watched| watched.newest_seen_ns)
+            .max()
+            .unwrap_or(0);
         let delay_ms = last_ns.saturating_sub(written_ns) as f64 / 1e6;
         self.report.line(
             "change",
@@ -214,13 +261,18 @@ impl Scene<'_> {
         let name = format!("guest{}", self.guests.len() + 1);
         let had = self.grants_of(&name)?.unwrap_or(0);
         victim.signal(Signal::KILL)?;
-        let gone = wait_until(Duration::from_secs(5), || Ok(self.grants_of(&name)?.is_none()))?;
+        let gone = wait_until(Duration::from_secs(5), || {
+            Ok(self.grants_of(&name)?.is_none())
+        })?;
         self.report.line(
             "kill -9",
             gone.is_some() && had > 0,
             format!(
                 "{name}: its {had} grants revoked and its domid free {}",
-                gone.map_or("NOT within 5 s".into(), |took| format!("after {:.0} ms", took.as_secs_f64() * 1e3)),
+                gone.map_or("NOT within 5 s".into(), |took| format!(
+                    "after {:.0} ms",
+                    took.as_secs_f64() * 1e3
+                )),
             ),
         );
         let mut sleeper = self.guests.pop().context("a guest to stop")?;
@@ -231,7 +283,10 @@ impl Scene<'_> {
         let gone = wait_until(limit, || Ok(self.grants_of(&name)?.is_none()))?;
         sleeper.signal(Signal::CONT)?;
         let refused = matches!(
-            sleeper.ask(&Order::Read { mapping: self.files.len(), page: 0 })?,
+            sleeper.ask(&Order::Read {
+                mapping: self.files.len(),
+                page: 0
+            })?,
             Answer::Refused { .. }
         );
         self.report.line(
@@ -252,7 +307,10 @@ impl Scene<'_> {
         let path = self.scratch.join("load");
         super::write_durably(&path, &pattern::file(LOAD_PAGES, 1))?;
         ask_all(&mut self.guests, &Order::Unmap)?;
-        let order = Order::Map { export: "scratch".into(), paths: vec!["load".into()] };
+        let order = Order::Map {
+            export: "scratch".into(),
+            paths: vec!["load".into()],
+        };
         ask_all(&mut self.guests, &order)?;
         self.daemon.ask(&AdminRequest::Drop)?;
         let set = LOAD_PAGES * PAGE_SIZE_U64;
@@ -260,9 +318,17 @@ impl Scene<'_> {
         ask_all(&mut self.guests, &Order::Checksum)?;
         let full = self.watch_for(Duration::from_millis(700))?;
         let half_mib = set / 2 / (1 << 20);
-        ask_all(&mut self.guests, &Order::Watch { mapping: 0, random: true })?;
+        ask_all(
+            &mut self.guests,
+            &Order::Watch {
+                mapping: 0,
+                random: true,
+            },
+        )?;
         let begin = Instant::now();
-        self.daemon.ask(&AdminRequest::SetBudget { frames_mib: half_mib })?;
+        self.daemon.ask(&AdminRequest::SetBudget {
+            frames_mib: half_mib,
+        })?;
         let within = wait_until(Duration::from_secs(5), || {
             Ok(self.stats()?.frames_used * PAGE_SIZE_U64 <= set / 2)
         })?;
@@ -271,8 +337,14 @@ impl Scene<'_> {
         let during = watched(ask_all(&mut self.guests, &Order::Stop)?)?;
         let half = self.watch_for(Duration::from_millis(1000))?;
         let used = self.stats()?.frames_used * PAGE_SIZE_U64;
-        self.daemon.ask(&AdminRequest::SetBudget { frames_mib: FRAMES_MIB })?;
-        let wrong: u64 = [&full, &during, &half].into_iter().flatten().map(|w| w.wrong + w.backwards).sum();
+        self.daemon.ask(&AdminRequest::SetBudget {
+            frames_mib: FRAMES_MIB,
+        })?;
+        let wrong: u64 = [&full, &during, &half]
+            .into_iter()
+            .flatten()
+            .map(|w| w.wrong + w.backwards)
+            .sum();
         self.report.line(
             "budget",
             wrong == 0 && within.is_some() && used <= set / 2,
@@ -291,7 +363,13 @@ impl Scene<'_> {
     }
 
     fn watch_for(&mut self, time: Duration) -> Result<Vec<Watched>> {
-        ask_all(&mut self.guests, &Order::Watch { mapping: 0, random: true })?;
+        ask_all(
+            &mut self.guests,
+            &Order::Watch {
+                mapping: 0,
+                random: true,
+            },
+        )?;
         std::thread::sleep(time);
         watched(ask_all(&mut self.guests, &Order::Stop)?)
     }
@@ -302,7 +380,11 @@ impl Scene<'_> {
             bail!("audit was answered by something else");
         };
         let checked: u64 = audit.checks.iter().map(|check| check.checked).sum();
-        let differences: usize = audit.checks.iter().map(|check| check.differences.len()).sum();
+        let differences: usize = audit
+            .checks
+            .iter()
+            .map(|check| check.differences.len())
+            .sum();
         self.report.line(
             "audit",
             audit.ok && differences == 0,
@@ -327,15 +409,23 @@ fn watched(answers: Vec<Answer>) -> Result<Vec<Watched>> {
 
 /// Pages a second, of all together.
 fn rate(watched: &[Watched]) -> f64 {
-    watched.iter().map(|w| w.pages as f64 / w.seconds.max(1e-9)).sum()
+    watched
+        .iter()
+        .map(|w| w.pages as f64 / w.seconds.max(1e-9))
+        .sum()
 }
 
 /// The configuration of the demo's daemon.
 pub fn config(demo: &Path, scratch: &Path) -> String {
     let export = |name: &str, path: &Path| {
         // TOML's basic strings take a path when quotes and backslashes are escaped.
-        let path = path.to_string_lossy().replace('\\', "\\\\").replace('"', "\\\"");
-        format!("[[export]]\nname = \"{name}\"\npath = \"{path}\"\nmode = \"ro\"\nallow = [\"*\"]\n\n")
+        let path = path
+            .to_string_lossy()
+            .replace('\\', "\\\\")
+            .replace('"', "\\\"");
+        format!(
+            "[[export]]\nname = \"{name}\"\npath = \"{path}\"\nmode = \"ro\"\nallow = [\"*\"]\n\n"
+        )
     };
     format!(
         "frames_mib = {FRAMES_MIB}\nlease_ttl_ms = {LEASE_TTL_MS}\ninvalidate_deadline_ms = {LEASE_TTL_MS}\n\n{}{}",

@@ -43,7 +43,9 @@ impl DaemonProcess {
         let daemon = Self { child, run_dir };
         let mut message = [0; 256];
         loop {
-            let len = ready.recv(&mut message).context("the daemon did not become ready")?;
+            let len = ready
+                .recv(&mut message)
+                .context("the daemon did not become ready")?;
             if message[..len].starts_with(b"READY=1") {
                 return Ok(daemon);
             }
@@ -110,7 +112,12 @@ impl Guest {
             .context("start a guest")?;
         let orders = child.stdin.take().context("the guest's input")?;
         let answers = BufReader::new(child.stdout.take().context("the guest's output")?);
-        Ok(Self { name: name.to_owned(), child, orders, answers })
+        Ok(Self {
+            name: name.to_owned(),
+            child,
+            orders,
+            answers,
+        })
     }
 
     /// Its process.
@@ -123,7 +130,10 @@ impl Guest {
         let line = serde_json::to_string(order)?;
         writeln!(self.orders, "{line}").or_else(|error| {
             let status = self.child.wait()?;
-            bail!("{} did not take the order {line}: {error}; it ended: {status}", self.name)
+            bail!(
+                "{} did not take the order {line}: {error}; it ended: {status}",
+                self.name
+            )
         })
     }
 
@@ -133,7 +143,9 @@ impl Guest {
         if self.answers.read_line(&mut line)? == 0 {
             let status = self.child.wait()?;
             if let Some(signal) = status.signal() {
-                return Ok(Answer::Refused { why: format!("killed by signal {signal}") });
+                return Ok(Answer::Refused {
+                    why: format!("killed by signal {signal}"),
+                });
             }
             bail!("{} ended: {status}", self.name);
         }
@@ -151,7 +163,9 @@ impl Guest {
 
     /// Sends a signal.
     pub fn signal(&self, signal: rustix::process::Signal) -> Result<()> {
-        let pid = i32::try_from(self.pid()).ok().and_then(rustix::process::Pid::from_raw);
+        let pid = i32::try_from(self.pid())
+            .ok()
+            .and_then(rustix::process::Pid::from_raw);
         rustix::process::kill_process(pid.context("a pid")?, signal)
             .with_context(|| format!("signal {}", self.name))
     }
@@ -173,7 +187,10 @@ pub fn ask_all(guests: &mut [Guest], order: &Order) -> Result<Vec<Answer>> {
 }
 
 /// Waits until `done` is so, at most `limit`; how long it took.
-pub fn wait_until(limit: Duration, mut done: impl FnMut() -> Result<bool>) -> Result<Option<Duration>> {
+pub fn wait_until(
+    limit: Duration,
+    mut done: impl FnMut() -> Result<bool>,
+) -> Result<Option<Duration>> {
     let begin = Instant::now();
     while begin.elapsed() < limit {
         if done()? {
