@@ -31,6 +31,8 @@ const RECALLS: u64 = 1_000_000;
 struct Run {
     guests: u64,
     force: bool,
+    /// Every use that the daemon makes of its backend is checked.
+    watched: bool,
     /// It goes on until so many pages were taken back...
     recalls: u64,
     /// ...but no longer than this, in seconds.
@@ -51,6 +53,7 @@ fn run(run: &Run, sum: &mut Sum) {
     let setup = Setup {
         frames_mib: 16,
         force: run.force,
+        fail: run.watched.then(String::new),
         ..Setup::default()
     };
     let mut daemon = Daemon::start(&tree, &setup);
@@ -120,6 +123,8 @@ fn run(run: &Run, sum: &mut Sum) {
         seen.slowest_ms
     );
     daemon.audit_clean();
+    // A watched daemon ends badly if it ever used its backend against the rules.
+    daemon.stop();
     sum.recalls += recalled;
     sum.pages += seen.pages;
 }
@@ -127,17 +132,18 @@ fn run(run: &Run, sum: &mut Sum) {
 #[test]
 fn local_a_million_recalls() {
     let mut sum = Sum::default();
-    for (guests, force, recalls, seconds_max) in [
-        (1, true, 30_000, 15),
-        (2, true, 150_000, 20),
-        (64, true, 250_000, 30),
-        (2, false, 20_000, 10),
-        (16, false, 50_000, 15),
+    for (guests, force, watched, recalls, seconds_max) in [
+        (1, true, false, 20_000, 12),
+        (2, true, true, 100_000, 20),
+        (64, true, false, 200_000, 30),
+        (2, false, true, 50_000, 15),
+        (16, false, false, 200_000, 30),
     ] {
         run(
             &Run {
                 guests,
                 force,
+                watched,
                 recalls,
                 seconds_max,
             },
@@ -148,6 +154,7 @@ fn local_a_million_recalls() {
     run(
         &Run {
             guests: 16,
+            watched: false,
             force: true,
             recalls,
             seconds_max: 120,
