@@ -59,6 +59,10 @@ pub const DRAIN_POLL_MS: u64 = 50;
 pub const DRAIN_POLL_MS_MAX: u64 = 2000;
 /// Jobs that wait for frames are looked at this often although nothing was told, in ms.
 pub const PARKED_POLL_MS: u64 = 20;
+/// Pauses between tries to make 2 MiB of pages huge, in ms.
+pub const HUGE_PAUSES_MS: [u64; 4] = [1, 2, 4, 8];
+/// Refusals in a row after which each unit is tried once only.
+pub const HUGE_REFUSALS_MAX: u64 = 16;
 /// Lines in an audit report.
 pub const AUDIT_LINES_MAX: usize = 100;
 /// Bytes of one entry of a directory beside its name, on the wire, for dividing listings.

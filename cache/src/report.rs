@@ -158,6 +158,8 @@ impl AuditReport {
 /// What is counted while it happens.
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
+    /// 2 MiB units in a row that the kernel would not make huge.
+    pub huge_refusals: AtomicU64,
     pub fault_hits: AtomicU64,
     pub fault_misses: AtomicU64,
     pub fault_stale: AtomicU64,

@@ -9,12 +9,13 @@ use crate::config::Holder;
 use crate::events::{OpenHow, RecallReason};
 use crate::file::{CachedFile, Flight, Inner};
 use crate::frames::FrameState;
-use crate::limits::HUGE_PAGES;
+use crate::limits::{HUGE_PAGES, HUGE_PAUSES_MS, HUGE_REFUSALS_MAX};
 use crate::tree::NodeRef;
-use copage_grants::{FrameNo, PageIndex};
+use copage_grants::{FrameNo, HomeId, PageIndex};
 use read::ReadRun;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::time::Duration;
 
 /// What a pool thread does.
 pub(crate) enum Job {
@@ -182,8 +183,7 @@ impl Cache {
         self.advance(file, true);
         if let Some((home, unit)) = collapse {
             let first = PageIndex(u64::from(unit) * u64::from(HUGE_PAGES));
-            // Slower memory is all that a failure means.
-            let huge = self.backend.make_huge(home, first).unwrap_or(false);
+            let huge = self.make_huge(home, first);
             let mut inner = file.inner.lock();
             if let Some(home) = inner.home_of(flight.generation) {
                 home.busy -= 1;
@@ -196,6 +196,22 @@ impl Cache {
             self.look_at(file, &inner);
         }
         self.refill_if_low();
+    }
+
+    /// Slower memory is all that a failure means. Often it is passing: the kernel will not collapse a
+    /// page that a guest maps at that moment. Where it never works, one try is enough.
+    fn make_huge(&self, home: HomeId, first: PageIndex) -> bool {
+        for pause_ms in HUGE_PAUSES_MS {
+            if self.backend.make_huge(home, first).unwrap_or(false) {
+                self.counters.huge_refusals.store(0, Relaxed);
+                return true;
+            }
+            if self.counters.huge_refusals.fetch_add(1, Relaxed) >= HUGE_REFUSALS_MAX {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(pause_ms));
+        }
+        false
     }
 
     /// Did the content change while it was read? Then its generation ends here.
