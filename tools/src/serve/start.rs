@@ -263,10 +263,11 @@ fn prepare(
 
     let runner = Runner::start(cache.clone(), backend, wake.clone())
         .map_err(sys("the thread for admin requests"))?;
-    let admin = bind_admin(&run_dir.admin_socket()).map_err(sys("the admin socket"))?;
+    // The admin's comes last: where it answers, guests can connect too.
     let path = run_dir.guest_socket();
     let listener = Listener::bind(&path, GUEST_SOCKET_MODE)
         .map_err(|source| ServeError::Socket { path, source })?;
+    let admin = bind_admin(&run_dir.admin_socket()).map_err(sys("the admin socket"))?;
     let admin = AdminServer::new(admin, runner);
     let core = Core::new(ctx, admin, wake, events, listener, signals, run_dir.epoch)
         .map_err(sys("epoll"))?;
