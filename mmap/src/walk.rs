@@ -72,7 +72,10 @@ impl Export {
 }
 
 fn error(errno: i32, path: &[u8]) -> MmapError {
-    MmapError::Path { errno, text: String::from_utf8_lossy(path).into_owned() }
+    MmapError::Path {
+        errno,
+        text: String::from_utf8_lossy(path).into_owned(),
+    }
 }
 
 /// Resolves `path` from `root`.
@@ -108,9 +111,10 @@ fn walk<N: Tree>(root: &N, path: &[u8], last: LastLink) -> Result<Found<N>> {
         }
         let node = here.child(&name).map_err(|e| match e {
             // The daemon names the one name; what the caller asked for says more.
-            MmapError::Refused { errno: errno @ (libc::ENOENT | libc::ENOTDIR), .. } => {
-                error(errno, path)
-            }
+            MmapError::Refused {
+                errno: errno @ (libc::ENOENT | libc::ENOTDIR),
+                ..
+            } => error(errno, path),
             other => other,
         })?;
         let follow = last == LastLink::Follow || !todo.is_empty();
@@ -179,7 +183,10 @@ mod tests {
         }
         fn child(&self, name: &[u8]) -> Result<Self> {
             assert!(!name.is_empty() && name != b"." && name != b"..");
-            let none = || MmapError::Refused { errno: libc::ENOENT, text: "none".into() };
+            let none = || MmapError::Refused {
+                errno: libc::ENOENT,
+                text: "none".into(),
+            };
             match self {
                 Toy::Dir(entries) => entries.get(name).cloned().ok_or_else(none),
                 _ => panic!("the walk asked a file for a name"),
@@ -194,7 +201,9 @@ mod tests {
     }
 
     fn dir<const N: usize>(entries: [(&[u8], Toy); N]) -> Toy {
-        Toy::Dir(Rc::new(entries.into_iter().map(|(n, t)| (n.to_vec(), t)).collect()))
+        Toy::Dir(Rc::new(
+            entries.into_iter().map(|(n, t)| (n.to_vec(), t)).collect(),
+        ))
     }
 
     fn link(target: &[u8]) -> Toy {
@@ -216,7 +225,11 @@ mod tests {
                 b"usr",
                 dir([(
                     b"lib",
-                    dir([(b"libc", Toy::File(2)), (b"\xff\xfe", Toy::File(3)), (b"up", link(b"../.."))]),
+                    dir([
+                        (b"libc", Toy::File(2)),
+                        (b"\xff\xfe", Toy::File(3)),
+                        (b"up", link(b"../..")),
+                    ]),
                 )]),
             ),
         ])
@@ -224,7 +237,10 @@ mod tests {
 
     fn go(path: &[u8]) -> std::result::Result<(Vec<u8>, u32), i32> {
         match walk(&tree(), path, LastLink::Follow) {
-            Ok(Found { node: Toy::File(n), path }) => Ok((path, n)),
+            Ok(Found {
+                node: Toy::File(n),
+                path,
+            }) => Ok((path, n)),
             Ok(Found { path, .. }) => Ok((path, 0)),
             Err(e) => Err(e.errno()),
         }
@@ -234,13 +250,28 @@ mod tests {
     fn links_are_followed_from_the_exports_root() {
         let libc = Ok((b"/usr/lib/libc".to_vec(), 2));
         for path in [
-            &b"/usr/lib/libc"[..], b"usr/lib/libc", b"//usr/./lib/../lib/libc", b"lib/libc", b"abs",
-            b"out", b"slash/libc", b"usr/lib/up/lib/libc", b"../../abs",
+            &b"/usr/lib/libc"[..],
+            b"usr/lib/libc",
+            b"//usr/./lib/../lib/libc",
+            b"lib/libc",
+            b"abs",
+            b"out",
+            b"slash/libc",
+            b"usr/lib/up/lib/libc",
+            b"../../abs",
         ] {
             assert_eq!(go(path), libc, "{}", String::from_utf8_lossy(path));
         }
         assert_eq!(go(b"/lib/\xff\xfe"), Ok((b"/usr/lib/\xff\xfe".to_vec(), 3)));
-        for root in [&b"/"[..], b"", b".", b"..", b"../..", b"usr/lib/up", b"usr/.."] {
+        for root in [
+            &b"/"[..],
+            b"",
+            b".",
+            b"..",
+            b"../..",
+            b"usr/lib/up",
+            b"usr/..",
+        ] {
             assert_eq!(go(root), Ok((b"/".to_vec(), 0)));
         }
     }
@@ -252,7 +283,12 @@ mod tests {
         assert_eq!(go(b"empty"), Err(libc::ENOENT));
         assert_eq!(go(b"self"), Err(libc::ELOOP));
         for path in [&b"f/x"[..], b"f/", b"f/.", b"f/..", b"tofile", b"abs/"] {
-            assert_eq!(go(path), Err(libc::ENOTDIR), "{}", String::from_utf8_lossy(path));
+            assert_eq!(
+                go(path),
+                Err(libc::ENOTDIR),
+                "{}",
+                String::from_utf8_lossy(path)
+            );
         }
         assert_eq!(go(&[b'x'; 256]), Err(libc::ENAMETOOLONG));
         assert_eq!(go(&[b'/'; 5000]), Err(libc::ENAMETOOLONG));

@@ -4,12 +4,18 @@
 //! Cannot show: an unprivileged user's mount by fusermount3, which not every machine has (the form it
 //! gives is tested with passthrough switched off); suspended machines; a kernel without passthrough.
 
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
 
 use copage_grants::PAGE_SIZE;
 use copage_grants::sys::PageMap;
 use copage_mmap::exec::text::{FileId, mappings};
-use copage_mmap::mount::{Event, FORM_XATTR, Form, MountError, Mounted, Options, Target, mount, umount};
+use copage_mmap::mount::{
+    Event, FORM_XATTR, Form, MountError, Mounted, Options, Target, mount, umount,
+};
 use copage_mmap::native::NativeMapping;
 use copage_mmap::{Client, ConnectOptions, MapOptions, OpenHow};
 use copage_tests::daemon::{Daemon, Setup};
@@ -37,25 +43,38 @@ fn target(daemon: &Daemon) -> Target {
 fn options(tree: &Tree, daemon: &Daemon, name: &str) -> Options {
     let dir = tree.at(name);
     fs::create_dir_all(&dir).unwrap();
-    Options { target: target(daemon), dir, allow_other: true, nonempty: false, passthrough: true }
+    Options {
+        target: target(daemon),
+        dir,
+        allow_other: true,
+        nonempty: false,
+        passthrough: true,
+    }
 }
 
 /// A mount at `name`, which must be on frames.
 fn mounted(tree: &Tree, daemon: &Daemon, name: &str) -> Mounted {
     let mounted = mount(&options(tree, daemon, name)).unwrap();
-    assert_eq!(mounted.form(), Form::Frames, "{:?}", mounted.why_page_cache());
+    assert_eq!(
+        mounted.form(),
+        Form::Frames,
+        "{:?}",
+        mounted.why_page_cache()
+    );
     mounted
 }
 
 /// Ends a mount that nothing uses any more.
 fn end(mounted: &Mounted) {
-    wait::until(Duration::from_secs(5), "a mount that is not in use", || {
-        match mounted.unmount(false) {
+    wait::until(
+        Duration::from_secs(5),
+        "a mount that is not in use",
+        || match mounted.unmount(false) {
             Ok(()) => true,
             Err(MountError::Busy { .. }) => false,
             Err(e) => panic!("{e}"),
-        }
-    });
+        },
+    );
     match mounted.wait(None).unwrap() {
         Event::Ended(result) => result.unwrap(),
         other => panic!("{other:?}"),
@@ -81,7 +100,11 @@ fn survey(dir: &Path) -> BTreeMap<PathBuf, (u32, Vec<u8>)> {
                 todo.push(path.clone());
                 Vec::new()
             } else if meta.is_symlink() {
-                fs::read_link(&full).unwrap().as_os_str().as_bytes().to_vec()
+                fs::read_link(&full)
+                    .unwrap()
+                    .as_os_str()
+                    .as_bytes()
+                    .to_vec()
             } else {
                 assert_eq!(fs::read(&full).unwrap().len() as u64, meta.len());
                 fs::read(&full).unwrap()
@@ -99,8 +122,16 @@ fn bytes(mapping: &NativeMapping) -> Vec<u8> {
 
 fn mixed_tree() -> Tree {
     let tree = Tree::new();
-    for (name, len) in [("empty", 0), ("one", 1), ("page", 4096), ("tail", 4097), ("many", 700_001)] {
-        let content: Vec<u8> = (0..len).map(|i: u32| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    for (name, len) in [
+        ("empty", 0),
+        ("one", 1),
+        ("page", 4096),
+        ("tail", 4097),
+        ("many", 700_001),
+    ] {
+        let content: Vec<u8> = (0..len)
+            .map(|i: u32| (i.wrapping_mul(2_654_435_761) >> 24) as u8)
+            .collect();
         fs::write(tree.file(name), content).unwrap();
     }
     fs::create_dir_all(tree.file("a/b/c")).unwrap();
@@ -108,10 +139,18 @@ fn mixed_tree() -> Tree {
     symlink("../many", tree.file("a/link")).unwrap();
     symlink("/nowhere", tree.file("dangling")).unwrap();
     fs::hard_link(tree.file("one"), tree.file("a/one too")).unwrap();
-    fs::write(tree.file("a").join(OsStr::from_bytes(b"\xff\xfe \n\x01")), b"odd").unwrap();
+    fs::write(
+        tree.file("a").join(OsStr::from_bytes(b"\xff\xfe \n\x01")),
+        b"odd",
+    )
+    .unwrap();
     fs::set_permissions(tree.file("tail"), fs::Permissions::from_mode(0o751)).unwrap();
     for number in 0..500 {
-        fs::write(tree.file("a/b").join(format!("file {number:03}")), format!("{number}")).unwrap();
+        fs::write(
+            tree.file("a/b").join(format!("file {number:03}")),
+            format!("{number}"),
+        )
+        .unwrap();
     }
     tree
 }
@@ -126,20 +165,39 @@ fn local_a_mount_shows_what_the_directory_holds() {
     let mounted = mounted(&tree, &daemon, "mnt");
     let dir = mounted.dir();
     assert_eq!(survey(dir), survey(&tree.at("export")));
-    assert_eq!(fs::read(dir.join("a/link")).unwrap(), fs::read(tree.file("many")).unwrap());
-    let (one, too) = (dir.join("one").metadata().unwrap(), dir.join("a/one too").metadata().unwrap());
+    assert_eq!(
+        fs::read(dir.join("a/link")).unwrap(),
+        fs::read(tree.file("many")).unwrap()
+    );
+    let (one, too) = (
+        dir.join("one").metadata().unwrap(),
+        dir.join("a/one too").metadata().unwrap(),
+    );
     assert_eq!((one.ino(), one.nlink()), (too.ino(), 2));
     for name in ["one", "page", "tail", "many"] {
         let file = File::open(dir.join(name)).unwrap();
         let mapping = NativeMapping::new(&file, false).unwrap();
-        assert_eq!(bytes(&mapping), fs::read(tree.file(name)).unwrap(), "{name}");
+        assert_eq!(
+            bytes(&mapping),
+            fs::read(tree.file(name)).unwrap(),
+            "{name}"
+        );
         assert_eq!(form(&dir.join(name)), "frames");
     }
     // Nobody writes.
-    let refused = File::options().write(true).open(dir.join("one")).unwrap_err();
+    let refused = File::options()
+        .write(true)
+        .open(dir.join("one"))
+        .unwrap_err();
     assert_eq!(refused.raw_os_error(), Some(libc::EROFS));
-    assert_eq!(fs::create_dir(dir.join("new")).unwrap_err().raw_os_error(), Some(libc::EROFS));
-    assert_eq!(File::open(dir.join("none")).unwrap_err().raw_os_error(), Some(libc::ENOENT));
+    assert_eq!(
+        fs::create_dir(dir.join("new")).unwrap_err().raw_os_error(),
+        Some(libc::EROFS)
+    );
+    assert_eq!(
+        File::open(dir.join("none")).unwrap_err().raw_os_error(),
+        Some(libc::ENOENT)
+    );
     let statfs = rustix::fs::statvfs(dir).unwrap();
     assert!(statfs.f_blocks > 0 && statfs.f_namemax == 255);
     end(&mounted);
@@ -178,7 +236,12 @@ fn local_extended_attributes_are_shown() {
 
 /// The physical frame behind `address` of this process.
 fn frame(address: usize) -> u64 {
-    PageMap::own().unwrap().entry(address).unwrap().frame_number().expect("present, and root")
+    PageMap::own()
+        .unwrap()
+        .entry(address)
+        .unwrap()
+        .frame_number()
+        .expect("present, and root")
 }
 
 #[test]
@@ -195,7 +258,11 @@ fn local_two_mounts_and_a_library_mapping_are_the_same_frames() {
         NativeMapping::new(&file, true).unwrap()
     });
     let client = Client::connect(&daemon.socket(), &ConnectOptions::default()).unwrap();
-    let file = client.attach("export").unwrap().open("f", OpenHow::Map).unwrap();
+    let file = client
+        .attach("export")
+        .unwrap()
+        .open("f", OpenHow::Map)
+        .unwrap();
     let mapping = file.map(&MapOptions::shared()).unwrap();
     mapping.populate(0..mapping.len()).unwrap();
     assert_eq!(bytes(&maps[0]), fs::read(tree.file("f")).unwrap());
@@ -203,13 +270,20 @@ fn local_two_mounts_and_a_library_mapping_are_the_same_frames() {
         let library = frame(mapping.as_ptr().addr() + page * PAGE_SIZE);
         for map in &maps {
             assert!(map.as_volatile().read_u8(page * PAGE_SIZE).is_some());
-            assert_eq!(frame(map.address() + page * PAGE_SIZE), library, "page {page}");
+            assert_eq!(
+                frame(map.address() + page * PAGE_SIZE),
+                library,
+                "page {page}"
+            );
         }
     }
     drop((maps, mapping, file, client));
     end(&first);
     // The other is not touched by the end of the one.
-    assert_eq!(fs::read(second.dir().join("f")).unwrap(), fs::read(tree.file("f")).unwrap());
+    assert_eq!(
+        fs::read(second.dir().join("f")).unwrap(),
+        fs::read(tree.file("f")).unwrap()
+    );
     end(&second);
     daemon.audit_clean();
 }
@@ -229,9 +303,14 @@ fn local_a_program_runs_from_a_mount_on_frames() {
     wait::until(Duration::from_secs(5), "text of the program", || {
         let entries = mappings(child.id()).unwrap();
         assert!(entries.iter().all(|e| e.file != Some(native)));
-        entries.iter().any(|e| e.executable && e.name.ends_with(b"/sleep") && e.rss_bytes > 0)
+        entries
+            .iter()
+            .any(|e| e.executable && e.name.ends_with(b"/sleep") && e.rss_bytes > 0)
     });
-    assert!(matches!(mounted.unmount(false), Err(MountError::Busy { .. })));
+    assert!(matches!(
+        mounted.unmount(false),
+        Err(MountError::Busy { .. })
+    ));
     child.kill().unwrap();
     child.wait().unwrap();
     end(&mounted);
@@ -250,7 +329,10 @@ fn local_what_is_too_large_to_pin_is_in_page_cache_form_and_right() {
     let mut daemon = Daemon::start(&tree, &Setup::default());
     let mounted = mounted(&tree, &daemon, "mnt");
     let (small, large) = (mounted.dir().join("small"), mounted.dir().join("large"));
-    assert_eq!((form(&small).as_str(), form(&large).as_str()), ("frames", "page-cache"));
+    assert_eq!(
+        (form(&small).as_str(), form(&large).as_str()),
+        ("frames", "page-cache")
+    );
     let expected = fs::read(tree.file("large")).unwrap();
     assert!(fs::read(&large).unwrap() == expected, "read");
     let mapping = NativeMapping::new(&File::open(&large).unwrap(), false).unwrap();
@@ -269,15 +351,23 @@ fn local_a_guest_over_its_pinned_limit_gets_page_cache_form() {
     for name in ["a", "b"] {
         tree.pattern(name, 200);
     }
-    let setup = Setup { limits: "pinned_mib = 1".into(), ..Setup::default() };
+    let setup = Setup {
+        limits: "pinned_mib = 1".into(),
+        ..Setup::default()
+    };
     let mut daemon = Daemon::start(&tree, &setup);
     let mounted = mounted(&tree, &daemon, "mnt");
     let (a, b) = (mounted.dir().join("a"), mounted.dir().join("b"));
     let open = File::open(&a).unwrap();
-    assert_eq!((form(&a).as_str(), form(&b).as_str()), ("frames", "page-cache"));
+    assert_eq!(
+        (form(&a).as_str(), form(&b).as_str()),
+        ("frames", "page-cache")
+    );
     assert_eq!(fs::read(&b).unwrap(), fs::read(tree.file("b")).unwrap());
     drop(open);
-    wait::until(Duration::from_secs(5), "the pin's end", || form(&b) == "frames");
+    wait::until(Duration::from_secs(5), "the pin's end", || {
+        form(&b) == "frames"
+    });
     end(&mounted);
     daemon.audit_clean();
 }
@@ -289,7 +379,10 @@ fn local_without_passthrough_everything_is_in_page_cache_form_and_right() {
     }
     let tree = mixed_tree();
     let mut daemon = Daemon::start(&tree, &Setup::default());
-    let options = Options { passthrough: false, ..options(&tree, &daemon, "mnt") };
+    let options = Options {
+        passthrough: false,
+        ..options(&tree, &daemon, "mnt")
+    };
     let mounted = mount(&options).unwrap();
     assert_eq!(mounted.form(), Form::PageCache);
     assert!(mounted.why_page_cache().is_some());
@@ -380,10 +473,15 @@ fn local_open_files_outlive_the_daemon_and_the_mount_finds_the_next_one() {
         fs::read_dir(mounted.dir()).is_err_and(|e| e.raw_os_error() == Some(libc::EIO))
     });
     let mut daemon = Daemon::start(&tree, &Setup::default());
-    wait::until(Duration::from_secs(10), "the mount with the next daemon", || {
-        fs::read(mounted.dir().join("dir/g")).is_ok()
-    });
-    assert_eq!(fs::read(mounted.dir().join("dir/g")).unwrap(), fs::read(tree.file("dir/g")).unwrap());
+    wait::until(
+        Duration::from_secs(10),
+        "the mount with the next daemon",
+        || fs::read(mounted.dir().join("dir/g")).is_ok(),
+    );
+    assert_eq!(
+        fs::read(mounted.dir().join("dir/g")).unwrap(),
+        fs::read(tree.file("dir/g")).unwrap()
+    );
     assert_eq!(fs::read(mounted.dir().join("f")).unwrap(), expected);
     assert!(dir.metadata().unwrap().is_dir());
     assert!(bytes(&map) == expected);
@@ -398,7 +496,10 @@ fn local_more_files_than_handles_can_be_walked() {
         return;
     }
     let tree = mixed_tree();
-    let setup = Setup { limits: "handles_max = 160".into(), ..Setup::default() };
+    let setup = Setup {
+        limits: "handles_max = 160".into(),
+        ..Setup::default()
+    };
     let mut daemon = Daemon::start(&tree, &setup);
     let mounted = mounted(&tree, &daemon, "mnt");
     for _ in 0..2 {
@@ -415,20 +516,43 @@ fn local_mounts_are_refused_where_they_cannot_be_and_taken_away_once() {
     }
     let tree = mixed_tree();
     let daemon = Daemon::start(&tree, &Setup::default());
-    let at = |dir: PathBuf| mount(&Options { dir, ..options(&tree, &daemon, "mnt") });
-    assert!(matches!(at(tree.at("none")).unwrap_err(), MountError::Dir { .. }));
-    assert!(matches!(at(tree.file("one")).unwrap_err(), MountError::NotDirectory { .. }));
-    assert!(matches!(at(tree.file("a")).unwrap_err(), MountError::NotEmpty { .. }));
+    let at = |dir: PathBuf| {
+        mount(&Options {
+            dir,
+            ..options(&tree, &daemon, "mnt")
+        })
+    };
+    assert!(matches!(
+        at(tree.at("none")).unwrap_err(),
+        MountError::Dir { .. }
+    ));
+    assert!(matches!(
+        at(tree.file("one")).unwrap_err(),
+        MountError::NotDirectory { .. }
+    ));
+    assert!(matches!(
+        at(tree.file("a")).unwrap_err(),
+        MountError::NotEmpty { .. }
+    ));
     let mut unknown = options(&tree, &daemon, "mnt");
     unknown.target.export = "unknown".into();
     assert!(matches!(mount(&unknown).unwrap_err(), MountError::Share(_)));
-    assert!(matches!(umount(&tree.at("mnt"), false), Err(MountError::NotMounted { .. })));
+    assert!(matches!(
+        umount(&tree.at("mnt"), false),
+        Err(MountError::NotMounted { .. })
+    ));
     let mounted = mounted(&tree, &daemon, "mnt");
-    assert!(matches!(at(tree.at("mnt")).unwrap_err(), MountError::Mounted { .. }));
+    assert!(matches!(
+        at(tree.at("mnt")).unwrap_err(),
+        MountError::Mounted { .. }
+    ));
     // As umount(8) would, from outside.
     umount(&tree.at("mnt"), false).unwrap();
     assert!(matches!(mounted.wait(None).unwrap(), Event::Ended(Ok(()))));
-    assert!(matches!(umount(&tree.at("mnt"), false), Err(MountError::NotMounted { .. })));
+    assert!(matches!(
+        umount(&tree.at("mnt"), false),
+        Err(MountError::NotMounted { .. })
+    ));
 }
 
 #[test]
@@ -448,7 +572,10 @@ fn local_a_detached_mount_serves_what_is_open() {
     let mut page = [0; PAGE_SIZE];
     for (file, name) in [(&large, "large"), (&small, "f")] {
         file.read_exact_at(&mut page, 9 * PAGE_SIZE as u64).unwrap();
-        assert_eq!(page[..], fs::read(tree.file(name)).unwrap()[9 * PAGE_SIZE..10 * PAGE_SIZE]);
+        assert_eq!(
+            page[..],
+            fs::read(tree.file(name)).unwrap()[9 * PAGE_SIZE..10 * PAGE_SIZE]
+        );
     }
     drop((large, small));
     assert!(matches!(mounted.wait(None).unwrap(), Event::Ended(Ok(()))));

@@ -95,17 +95,30 @@ pub fn plan<S: Share>(
     let mut scripts = Vec::new();
     let mut wanted = path.to_vec();
     loop {
-        let place = find_program(share, &wanted)?
-            .ok_or_else(|| ExecError::NotFound { path: text(&wanted) })?;
+        let place = find_program(share, &wanted)?.ok_or_else(|| ExecError::NotFound {
+            path: text(&wanted),
+        })?;
         check_runnable(&place, who)?;
-        let part = Part { file: share.pin(&place)?, path: place.path };
+        let part = Part {
+            file: share.pin(&place)?,
+            path: place.path,
+        };
         match Elf::read(&part.file) {
             Ok(elf) => {
                 let dynamic = dynamic(share, &part, elf, search)?;
-                return Ok(Plan { program: part, dynamic, scripts });
+                return Ok(Plan {
+                    program: part,
+                    dynamic,
+                    scripts,
+                });
             }
             Err(ElfError::NotElf) => {}
-            Err(source) => return Err(ExecError::Elf { path: text(&part.path), source }),
+            Err(source) => {
+                return Err(ExecError::Elf {
+                    path: text(&part.path),
+                    source,
+                });
+            }
         }
         let (interpreter, argument) = script_line(&part)?;
         if scripts.len() >= SCRIPT_DEPTH_MAX {
@@ -113,9 +126,9 @@ pub fn plan<S: Share>(
         }
         // `env NAME` means "NAME, wherever it is": here that is the export.
         let by_name = interpreter.ends_with(b"/env")
-            && argument.as_ref().is_some_and(|a| {
-                !a.starts_with(b"-") && !a.iter().any(|b| b" \t=/".contains(b))
-            });
+            && argument
+                .as_ref()
+                .is_some_and(|a| !a.starts_with(b"-") && !a.iter().any(|b| b" \t=/".contains(b)));
         (wanted, scripts) = match argument {
             Some(name) if by_name => (name, with(scripts, (part, None))),
             argument => (interpreter, with(scripts, (part, argument))),
@@ -142,9 +155,15 @@ impl Who {
     pub fn this_process() -> Self {
         let mut gids = vec![rustix::process::getegid().as_raw()];
         gids.extend(
-            rustix::process::getgroups().unwrap_or_default().iter().map(|g| g.as_raw()),
+            rustix::process::getgroups()
+                .unwrap_or_default()
+                .iter()
+                .map(|g| g.as_raw()),
         );
-        Self { uid: rustix::process::geteuid().as_raw(), gids }
+        Self {
+            uid: rustix::process::geteuid().as_raw(),
+            gids,
+        }
     }
 
     /// execve's rule: root needs any of the three bits, others their own.
@@ -170,7 +189,10 @@ fn check_runnable<N>(place: &Place<N>, who: &Who) -> Result<(), ExecError> {
         FileKind::Symlink | FileKind::Other => return Err(ExecError::NotRegular { path: path() }),
     }
     if !who.may_execute(&place.attr) {
-        return Err(ExecError::NotExecutable { path: path(), perm: place.attr.perm });
+        return Err(ExecError::NotExecutable {
+            path: path(),
+            perm: place.attr.perm,
+        });
     }
     if place.attr.bytes == 0 {
         return Err(ExecError::Empty { path: path() });
@@ -182,14 +204,17 @@ fn check_runnable<N>(place: &Place<N>, who: &Who) -> Result<(), ExecError> {
 /// `/lib/x`; in one of `/usr/lib` it is `/x`, and so is `/lib/x` where `/lib` is merged.
 const LACKING: [&[u8]; 4] = [b"", b"/usr", b"/usr/lib", b"/lib"];
 /// Where a bare program name is looked for.
-const PROGRAM_DIRS: [&[u8]; 6] =
-    [b"/usr/local/bin", b"/usr/bin", b"/bin", b"/usr/local/sbin", b"/usr/sbin", b"/sbin"];
+const PROGRAM_DIRS: [&[u8]; 6] = [
+    b"/usr/local/bin",
+    b"/usr/bin",
+    b"/bin",
+    b"/usr/local/sbin",
+    b"/usr/sbin",
+    b"/sbin",
+];
 
 /// The file that the system from which the export comes has at `path`.
-fn look_as_known<S: Share>(
-    share: &S,
-    path: &[u8],
-) -> Result<Option<Place<S::Node>>, ExecError> {
+fn look_as_known<S: Share>(share: &S, path: &[u8]) -> Result<Option<Place<S::Node>>, ExecError> {
     for prefix in LACKING {
         if let Some(rest) = path.strip_prefix(prefix)
             && (prefix.is_empty() || rest.starts_with(b"/"))
@@ -201,13 +226,14 @@ fn look_as_known<S: Share>(
     Ok(None)
 }
 
-fn find_program<S: Share>(
-    share: &S,
-    path: &[u8],
-) -> Result<Option<Place<S::Node>>, ExecError> {
+fn find_program<S: Share>(share: &S, path: &[u8]) -> Result<Option<Place<S::Node>>, ExecError> {
     let bare = !path.contains(&b'/') && !path.is_empty();
     let place = look_as_known(share, path)?;
-    if !bare || place.as_ref().is_some_and(|p| p.attr.kind == FileKind::Regular) {
+    if !bare
+        || place
+            .as_ref()
+            .is_some_and(|p| p.attr.kind == FileKind::Regular)
+    {
         return Ok(place);
     }
     for dir in PROGRAM_DIRS {
@@ -227,19 +253,31 @@ fn script_line<F: ReadAt>(part: &Part<F>) -> Result<(Vec<u8>, Option<Vec<u8>>), 
     let got = part
         .file
         .read_at(&mut head, 0)
-        .map_err(|e| ExecError::Elf { path: text(&part.path), source: e.into() })?;
+        .map_err(|e| ExecError::Elf {
+            path: text(&part.path),
+            source: e.into(),
+        })?;
     head.truncate(got);
     let Some(rest) = head.strip_prefix(b"#!") else {
-        return Err(ExecError::Elf { path: text(&part.path), source: ElfError::NotElf });
+        return Err(ExecError::Elf {
+            path: text(&part.path),
+            source: ElfError::NotElf,
+        });
     };
-    let bad = |why| ExecError::Script { path: text(&part.path), why };
+    let bad = |why| ExecError::Script {
+        path: text(&part.path),
+        why,
+    };
     let line = match rest.iter().position(|&b| b == b'\n') {
         Some(end) => &rest[..end],
         None if got < SCRIPT_LINE_BYTES_MAX => rest,
         None => return Err(bad("its first line is too long")),
     };
     let line = line.trim_ascii();
-    let end = line.iter().position(|b| b" \t".contains(b)).unwrap_or(line.len());
+    let end = line
+        .iter()
+        .position(|b| b" \t".contains(b))
+        .unwrap_or(line.len());
     let (interpreter, argument) = line.split_at(end);
     let argument = argument.trim_ascii_start();
     if interpreter.is_empty() || line.contains(&0) {
@@ -248,7 +286,10 @@ fn script_line<F: ReadAt>(part: &Part<F>) -> Result<(Vec<u8>, Option<Vec<u8>>), 
     if !interpreter.starts_with(b"/") {
         return Err(bad("its interpreter is not an absolute path"));
     }
-    Ok((interpreter.to_vec(), (!argument.is_empty()).then(|| argument.to_vec())))
+    Ok((
+        interpreter.to_vec(),
+        (!argument.is_empty()).then(|| argument.to_vec()),
+    ))
 }
 
 /// One object of the search: where it is, what it says, and who brought it in.
@@ -282,14 +323,22 @@ fn dynamic<S: Share>(
         }
         return Ok(None);
     };
-    let missing = || ExecError::NoLoader { path: path(), loader: text(&interp) };
+    let missing = || ExecError::NoLoader {
+        path: path(),
+        loader: text(&interp),
+    };
     let place = look_as_known(share, &interp)?.ok_or_else(missing)?;
     if place.attr.kind != FileKind::Regular {
         return Err(missing());
     }
-    let loader = Part { file: share.pin(&place)?, path: place.path };
-    let loader_elf = Elf::read(&loader.file)
-        .map_err(|source| ExecError::Elf { path: text(&loader.path), source })?;
+    let loader = Part {
+        file: share.pin(&place)?,
+        path: place.path,
+    };
+    let loader_elf = Elf::read(&loader.file).map_err(|source| ExecError::Elf {
+        path: text(&loader.path),
+        source,
+    })?;
     if !elf.fits(&loader_elf) {
         return Err(ExecError::Foreign {
             path: text(&loader.path),
@@ -303,7 +352,11 @@ fn dynamic<S: Share>(
         search,
         musl: is_musl(&interp),
         done: 0,
-        objects: vec![Object { path: program.path.clone(), elf, parent: None }],
+        objects: vec![Object {
+            path: program.path.clone(),
+            elf,
+            parent: None,
+        }],
         known: HashSet::from([last_name(&interp).to_vec()]),
         libraries: Vec::new(),
     };
@@ -313,7 +366,10 @@ fn dynamic<S: Share>(
         closure.add_also(also)?;
         closure.complete()?;
     }
-    Ok(Some(Dynamic { loader, libraries: closure.libraries }))
+    Ok(Some(Dynamic {
+        loader,
+        libraries: closure.libraries,
+    }))
 }
 
 /// Is this musl's loader? It knows fewer options than glibc's.
@@ -332,7 +388,9 @@ const TRIPLE: &str = if cfg!(target_arch = "x86_64") {
 
 fn default_dirs(musl: bool) -> Vec<Vec<u8>> {
     if musl {
-        return [&b"/lib"[..], b"/usr/local/lib", b"/usr/lib"].map(<[u8]>::to_vec).to_vec();
+        return [&b"/lib"[..], b"/usr/local/lib", b"/usr/lib"]
+            .map(<[u8]>::to_vec)
+            .to_vec();
     }
     [
         format!("/lib/{TRIPLE}"),
@@ -421,23 +479,23 @@ impl<S: Share> Closure<'_, S> {
 
     /// Takes the file as the library `name` if it is one for this machine, as the loader does: a
     /// file that does not fit is passed over.
-    fn take(
-        &mut self,
-        name: &[u8],
-        place: &Place<S::Node>,
-        by: usize,
-    ) -> Result<bool, ExecError> {
+    fn take(&mut self, name: &[u8], place: &Place<S::Node>, by: usize) -> Result<bool, ExecError> {
         if place.attr.kind != FileKind::Regular {
             return Ok(false);
         }
         if self.libraries.len() >= LIBRARIES_MAX {
-            return Err(ExecError::TooManyLibraries { libraries_max: LIBRARIES_MAX });
+            return Err(ExecError::TooManyLibraries {
+                libraries_max: LIBRARIES_MAX,
+            });
         }
         let file = self.share.pin(place)?;
         let elf = match Elf::read(&file) {
             Ok(elf) => elf,
             Err(ElfError::Io(e)) => {
-                return Err(ExecError::Elf { path: text(&place.path), source: e.into() });
+                return Err(ExecError::Elf {
+                    path: text(&place.path),
+                    source: e.into(),
+                });
             }
             Err(_) => return Ok(false),
         };
@@ -446,9 +504,19 @@ impl<S: Share> Closure<'_, S> {
         }
         self.known.insert(name.to_vec());
         self.known.extend(elf.soname.clone());
-        self.objects.push(Object { path: place.path.clone(), elf, parent: Some(by) });
-        let part = Part { file, path: place.path.clone() };
-        self.libraries.push(Library { name: name.to_vec(), part });
+        self.objects.push(Object {
+            path: place.path.clone(),
+            elf,
+            parent: Some(by),
+        });
+        let part = Part {
+            file,
+            path: place.path.clone(),
+        };
+        self.libraries.push(Library {
+            name: name.to_vec(),
+            part,
+        });
         Ok(true)
     }
 
@@ -487,7 +555,11 @@ fn split_dirs(list: &[u8], object: &[u8]) -> Vec<Vec<u8>> {
     for entry in list.split(|&b| b == b':').filter(|e| !e.is_empty()) {
         let entry = replace(&replace(entry, b"$ORIGIN", origin), b"${ORIGIN}", origin);
         for lib in [format!("lib/{TRIPLE}"), "lib64".into(), "lib".into()] {
-            let one = replace(&replace(&entry, b"$LIB", lib.as_bytes()), b"${LIB}", lib.as_bytes());
+            let one = replace(
+                &replace(&entry, b"$LIB", lib.as_bytes()),
+                b"${LIB}",
+                lib.as_bytes(),
+            );
             if one.starts_with(b"/") && !one.contains(&b'$') && !dirs.contains(&one) {
                 dirs.push(one);
             }

@@ -21,7 +21,11 @@ impl Share for Host {
             return Ok(None);
         };
         let meta = full.metadata().unwrap();
-        let kind = if meta.is_dir() { FileKind::Directory } else { FileKind::Regular };
+        let kind = if meta.is_dir() {
+            FileKind::Directory
+        } else {
+            FileKind::Regular
+        };
         let attr = Attr {
             kind,
             perm: (meta.mode() & 0o7777) as u16,
@@ -37,39 +41,68 @@ impl Share for Host {
             mtime: (0, 0),
             ctime: (0, 0),
         };
-        let Ok(within) = full.strip_prefix(&self.0) else { return Ok(None) };
+        let Ok(within) = full.strip_prefix(&self.0) else {
+            return Ok(None);
+        };
         let path = [b"/", within.as_os_str().as_bytes()].concat();
-        Ok(Some(Place { node: full, path, attr }))
+        Ok(Some(Place {
+            node: full,
+            path,
+            attr,
+        }))
     }
 
     fn pin(&self, place: &Place<PathBuf>) -> Result<std::fs::File, ExecError> {
-        std::fs::File::open(&place.node).map_err(|source| ExecError::Sys { call: "open", source })
+        std::fs::File::open(&place.node).map_err(|source| ExecError::Sys {
+            call: "open",
+            source,
+        })
     }
 }
 
 fn root() -> Who {
-    Who { uid: 0, gids: vec![0] }
+    Who {
+        uid: 0,
+        gids: vec![0],
+    }
 }
 
 fn plan_of(dir: &Path, path: &str) -> Result<Plan<std::fs::File>, ExecError> {
-    plan(&Host(dir.to_path_buf()), path.as_bytes(), &root(), &Search::default())
+    plan(
+        &Host(dir.to_path_buf()),
+        path.as_bytes(),
+        &root(),
+        &Search::default(),
+    )
 }
 
 /// What the machine's own loader loads, by `--list`.
 fn listed(program: &str) -> HashSet<Vec<u8>> {
-    let out = std::process::Command::new("ldd").arg(program).output().unwrap();
+    let out = std::process::Command::new("ldd")
+        .arg(program)
+        .output()
+        .unwrap();
     assert!(out.status.success());
     String::from_utf8(out.stdout)
         .unwrap()
         .lines()
-        .filter_map(|line| line.split_once(" => ").map(|(name, _)| name.trim().as_bytes().to_vec()))
+        .filter_map(|line| {
+            line.split_once(" => ")
+                .map(|(name, _)| name.trim().as_bytes().to_vec())
+        })
         .collect()
 }
 
 #[test]
 fn the_closure_is_what_the_loader_loads() {
     let mut compared = 0;
-    for program in ["/bin/ls", "/usr/bin/git", "/usr/bin/perl", "/usr/bin/gcc", "/usr/bin/ssh"] {
+    for program in [
+        "/bin/ls",
+        "/usr/bin/git",
+        "/usr/bin/perl",
+        "/usr/bin/gcc",
+        "/usr/bin/ssh",
+    ] {
         if !Path::new(program).exists() {
             continue;
         }
@@ -89,7 +122,13 @@ fn an_export_of_usr_is_enough() {
     for path in ["/bin/ls", "bin/ls", "/usr/bin/ls", "ls"] {
         let plan = plan_of(Path::new("/usr"), path).unwrap();
         assert_eq!(plan.program.path, b"/bin/ls");
-        assert!(plan.dynamic.unwrap().libraries.iter().any(|l| l.name == b"libc.so.6"));
+        assert!(
+            plan.dynamic
+                .unwrap()
+                .libraries
+                .iter()
+                .any(|l| l.name == b"libc.so.6")
+        );
     }
 }
 
@@ -115,16 +154,36 @@ fn scripts_lead_to_their_interpreter() {
     let nested = make("nested", &format!("#!{sh}\n"), 0o755);
     assert_eq!(plan_of(whole, &nested).unwrap().scripts.len(), 2);
 
-    let own = make("loop", &format!("#!{}\n", dir.path().join("loop").display()), 0o755);
-    assert!(matches!(plan_of(whole, &own), Err(ExecError::ScriptsTooDeep { .. })));
+    let own = make(
+        "loop",
+        &format!("#!{}\n", dir.path().join("loop").display()),
+        0o755,
+    );
+    assert!(matches!(
+        plan_of(whole, &own),
+        Err(ExecError::ScriptsTooDeep { .. })
+    ));
     let none = make("none", "#!/no/such/interpreter\n", 0o755);
-    assert!(matches!(plan_of(whole, &none), Err(ExecError::NotFound { .. })));
-    for (name, text) in [("rel", "#!sh\n"), ("blank", "#!  \n"), ("nul", "#!/bin/\0sh\n")] {
+    assert!(matches!(
+        plan_of(whole, &none),
+        Err(ExecError::NotFound { .. })
+    ));
+    for (name, text) in [
+        ("rel", "#!sh\n"),
+        ("blank", "#!  \n"),
+        ("nul", "#!/bin/\0sh\n"),
+    ] {
         let path = make(name, text, 0o755);
-        assert!(matches!(plan_of(whole, &path), Err(ExecError::Script { .. })), "{name}");
+        assert!(
+            matches!(plan_of(whole, &path), Err(ExecError::Script { .. })),
+            "{name}"
+        );
     }
     let long = make("long", &format!("#!/{}", "x".repeat(400)), 0o755);
-    assert!(matches!(plan_of(whole, &long), Err(ExecError::Script { .. })));
+    assert!(matches!(
+        plan_of(whole, &long),
+        Err(ExecError::Script { .. })
+    ));
 }
 
 #[test]
@@ -144,7 +203,13 @@ fn what_cannot_run_says_why() {
     make("empty", b"", 0o755);
     assert!(matches!(try_one("empty"), ExecError::Empty { .. }));
     make("text", b"hello\n", 0o755);
-    assert!(matches!(try_one("text"), ExecError::Elf { source: ElfError::NotElf, .. }));
+    assert!(matches!(
+        try_one("text"),
+        ExecError::Elf {
+            source: ElfError::NotElf,
+            ..
+        }
+    ));
     let mut ls = std::fs::read("/bin/ls").unwrap();
     make("nox", &ls, 0o644);
     assert!(matches!(try_one("nox"), ExecError::NotExecutable { .. }));
@@ -156,7 +221,13 @@ fn what_cannot_run_says_why() {
     assert!(matches!(try_one("foreign"), ExecError::Foreign { .. }));
     ls.truncate(100);
     make("cut", &ls, 0o755);
-    assert!(matches!(try_one("cut"), ExecError::Elf { source: ElfError::Damaged(_), .. }));
+    assert!(matches!(
+        try_one("cut"),
+        ExecError::Elf {
+            source: ElfError::Damaged(_),
+            ..
+        }
+    ));
     let mut core = std::fs::read("/bin/ls").unwrap();
     core[16] = 4;
     make("core", &core, 0o755);
@@ -185,7 +256,10 @@ fn a_missing_library_is_named_with_where_it_was_looked_for() {
 
 #[test]
 fn rpaths_are_split_with_their_words_put_in() {
-    let dirs = split_dirs(b"$ORIGIN/../lib::/opt/x:rel:${ORIGIN}:/$LIB/y:/$PLATFORM", b"/a/b/prog");
+    let dirs = split_dirs(
+        b"$ORIGIN/../lib::/opt/x:rel:${ORIGIN}:/$LIB/y:/$PLATFORM",
+        b"/a/b/prog",
+    );
     let dirs: Vec<_> = dirs.iter().map(|d| text(d)).collect();
     assert_eq!(dirs[..3], ["/a/b/../lib", "/opt/x", "/a/b"]);
     assert!(dirs.contains(&"/lib64/y".to_owned()) && !dirs.iter().any(|d| d.contains('$')));
@@ -195,8 +269,16 @@ fn rpaths_are_split_with_their_words_put_in() {
 #[test]
 fn permission_bits_count_as_in_execve() {
     let host = Host("/".into());
-    let attr = |perm| Attr { perm, uid: 5, gid: 7, ..host.look(b"/").unwrap().unwrap().attr };
-    let who = |uid, gid| Who { uid, gids: vec![gid] };
+    let attr = |perm| Attr {
+        perm,
+        uid: 5,
+        gid: 7,
+        ..host.look(b"/").unwrap().unwrap().attr
+    };
+    let who = |uid, gid| Who {
+        uid,
+        gids: vec![gid],
+    };
     assert!(who(0, 0).may_execute(&attr(0o010)) && !who(0, 0).may_execute(&attr(0o666)));
     assert!(who(5, 0).may_execute(&attr(0o100)) && !who(5, 7).may_execute(&attr(0o011)));
     assert!(who(9, 7).may_execute(&attr(0o010)) && !who(9, 7).may_execute(&attr(0o101)));

@@ -197,8 +197,7 @@ impl Elf {
                 .take_while(|entry| entry.d_tag != abi::DT_NULL)
                 .collect();
         let value = |tag| entries.iter().find(|e| e.d_tag == tag).map(Dyn::d_val);
-        let (Some(strings_at), Some(strings_bytes)) =
-            (value(abi::DT_STRTAB), value(abi::DT_STRSZ))
+        let (Some(strings_at), Some(strings_bytes)) = (value(abi::DT_STRTAB), value(abi::DT_STRSZ))
         else {
             // Nothing named: a dynamic section of a static PIE may be so.
             return Ok(());
@@ -218,8 +217,9 @@ impl Elf {
             let bytes = range(file, offset, strings_bytes)?;
             let strings = StringTable::new(&bytes);
             for entry in entries.iter().filter(|e| wanted(e.d_tag)) {
-                let at = usize::try_from(entry.d_val())
-                    .map_err(|_| ElfError::Damaged("a name lies outside the string table".into()))?;
+                let at = usize::try_from(entry.d_val()).map_err(|_| {
+                    ElfError::Damaged("a name lies outside the string table".into())
+                })?;
                 let text = strings.get_raw(at)?.to_vec();
                 match entry.d_tag {
                     abi::DT_NEEDED => self.needed.push(text),
@@ -251,15 +251,20 @@ fn segments(
 ) -> Result<Vec<ProgramHeader>, ElfError> {
     let one = if header.class == Class::ELF64 { 56 } else { 32 };
     if header.e_phnum != 0 && header.e_phentsize != one {
-        return Err(ElfError::Damaged("program headers of a strange size".into()));
+        return Err(ElfError::Damaged(
+            "program headers of a strange size".into(),
+        ));
     }
     // At most 65,535 × 56 bytes.
     let len = u64::from(header.e_phnum) * u64::from(one);
     let bytes = range(file, header.e_phoff, len)?;
     if bytes.len() as u64 != len {
-        return Err(ElfError::Damaged("it ends within its program headers".into()));
+        return Err(ElfError::Damaged(
+            "it ends within its program headers".into(),
+        ));
     }
-    let table = ParsingTable::<AnyEndian, ProgramHeader>::new(header.endianness, header.class, &bytes);
+    let table =
+        ParsingTable::<AnyEndian, ProgramHeader>::new(header.endianness, header.class, &bytes);
     Ok(table.iter().collect())
 }
 
@@ -291,7 +296,9 @@ mod tests {
 
     impl ReadAt for Vec<u8> {
         fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-            let start = usize::try_from(offset).unwrap_or(usize::MAX).min(self.len());
+            let start = usize::try_from(offset)
+                .unwrap_or(usize::MAX)
+                .min(self.len());
             let n = buf.len().min(self.len() - start);
             buf[..n].copy_from_slice(&self[start..start + n]);
             Ok(n)

@@ -106,7 +106,9 @@ pub enum ExecError {
         dirs: String,
     },
     /// A needed library is named by path: no loader option puts another file there.
-    #[error("{by} names the library {library} by its path, which cannot be run off a share; mount it")]
+    #[error(
+        "{by} names the library {library} by its path, which cannot be run off a share; mount it"
+    )]
     LibraryByPath {
         /// Its name.
         library: String,

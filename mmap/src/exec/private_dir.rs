@@ -19,9 +19,17 @@ pub(super) struct PrivateDir {
 
 impl PrivateDir {
     pub(super) fn new() -> Result<Self, ExecError> {
-        let sys = |source| ExecError::Sys { call: "making a private directory for links", source };
+        let sys = |source| ExecError::Sys {
+            call: "making a private directory for links",
+            source,
+        };
         // The loader's lists are separated by `:` and `;`: no such name can be told to it.
-        let clean = |dir: &Path| !dir.as_os_str().as_bytes().iter().any(|b| b":; \t\n".contains(b));
+        let clean = |dir: &Path| {
+            !dir.as_os_str()
+                .as_bytes()
+                .iter()
+                .any(|b| b":; \t\n".contains(b))
+        };
         let base = Some(std::env::temp_dir()).filter(|d| d.is_absolute() && clean(d));
         let base = base.unwrap_or_else(|| "/tmp".into());
         for _ in 0..TRIES_MAX {
@@ -39,7 +47,10 @@ impl PrivateDir {
 
     /// Makes `dir/name` a link to `target`, `dir` too if it is not there.
     pub(super) fn link(&self, dir: &str, name: &[u8], target: &Path) -> Result<PathBuf, ExecError> {
-        let sys = |source| ExecError::Sys { call: "making a link to a descriptor", source };
+        let sys = |source| ExecError::Sys {
+            call: "making a link to a descriptor",
+            source,
+        };
         let dir = self.dir(dir)?;
         let path = dir.join(OsStr::from_bytes(name));
         symlink(target, &path).map_err(sys)?;
@@ -48,9 +59,16 @@ impl PrivateDir {
 
     /// Makes the directory `dir` if it is not there.
     pub(super) fn dir(&self, dir: &str) -> Result<PathBuf, ExecError> {
-        let sys = |source| ExecError::Sys { call: "making a private directory for links", source };
+        let sys = |source| ExecError::Sys {
+            call: "making a private directory for links",
+            source,
+        };
         let path = self.path.join(dir);
-        DirBuilder::new().mode(0o700).recursive(true).create(&path).map_err(sys)?;
+        DirBuilder::new()
+            .mode(0o700)
+            .recursive(true)
+            .create(&path)
+            .map_err(sys)?;
         Ok(path)
     }
 }

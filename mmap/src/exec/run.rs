@@ -39,7 +39,9 @@ impl Pinned {
     pub fn new(node: &Node) -> Result<Self, MmapError> {
         let file = node.open(OpenHow::Pin)?;
         let fd = file.descriptor()?;
-        Ok(Self { inner: Arc::new((file, fd)) })
+        Ok(Self {
+            inner: Arc::new((file, fd)),
+        })
     }
 
     /// The open file.
@@ -67,7 +69,11 @@ impl Share for Export {
         match self.find(path, LastLink::Follow) {
             Ok(found) => {
                 let attr = *found.node.known_attr();
-                Ok(Some(Place { node: found.node, path: found.path, attr }))
+                Ok(Some(Place {
+                    node: found.node,
+                    path: found.path,
+                    attr,
+                }))
             }
             Err(e) if matches!(e.errno(), libc::ENOENT | libc::ENOTDIR) => Ok(None),
             Err(source) => Err(share_error(path, source)),
@@ -80,7 +86,10 @@ impl Share for Export {
 }
 
 fn share_error(path: &[u8], source: MmapError) -> ExecError {
-    ExecError::Share { path: String::from_utf8_lossy(path).into_owned(), source }
+    ExecError::Share {
+        path: String::from_utf8_lossy(path).into_owned(),
+        source,
+    }
 }
 
 /// A program to be run off an export.
@@ -119,13 +128,16 @@ impl Command {
         let plan = plan(export, self.path.as_bytes(), &who, &self.search)?;
         let links = PrivateDir::new()?;
         let proc = proc_of_this_process()?;
-        let at = |part: &Part<Pinned>| {
-            proc.join(part.file.descriptor().as_fd().as_raw_fd().to_string())
-        };
+        let at =
+            |part: &Part<Pinned>| proc.join(part.file.descriptor().as_fd().as_raw_fd().to_string());
         let mut args = Vec::new();
         for (depth, (script, argument)) in plan.scripts.iter().enumerate().rev() {
             args.extend(argument.clone().map(OsString::from_vec));
-            let link = links.link(&format!("script/{depth}"), last_name(&script.path), &at(script))?;
+            let link = links.link(
+                &format!("script/{depth}"),
+                last_name(&script.path),
+                &at(script),
+            )?;
             args.push(link.into_os_string());
         }
         args.extend(self.args.iter().cloned());
@@ -142,7 +154,9 @@ impl Command {
                 // Under the program's name: it is what ps shows.
                 let loader = links.link("loader", name, &at(&dynamic.loader))?;
                 let mut command = std::process::Command::new(loader);
-                command.args(loader_options(dynamic, &links, &at, &argv0)?).arg(program);
+                command
+                    .args(loader_options(dynamic, &links, &at, &argv0)?)
+                    .arg(program);
                 command
             }
         };
@@ -162,14 +176,28 @@ impl Command {
         }
         let paths = frame_paths(&plan)?;
         let frames = paths.keys().copied().collect();
-        let child =
-            command.spawn().map_err(|source| ExecError::Sys { call: "starting it", source })?;
-        let pid = i32::try_from(child.id()).ok().and_then(rustix::process::Pid::from_raw);
+        let child = command.spawn().map_err(|source| ExecError::Sys {
+            call: "starting it",
+            source,
+        })?;
+        let pid = i32::try_from(child.id())
+            .ok()
+            .and_then(rustix::process::Pid::from_raw);
         let pidfd = pid
             .ok_or(rustix::io::Errno::SRCH)
             .and_then(|pid| rustix::process::pidfd_open(pid, PidfdFlags::empty()))
-            .map_err(|e| ExecError::Sys { call: "pidfd_open", source: e.into() })?;
-        Ok(Running { child, pidfd, plan, frames, paths, _links: links })
+            .map_err(|e| ExecError::Sys {
+                call: "pidfd_open",
+                source: e.into(),
+            })?;
+        Ok(Running {
+            child,
+            pidfd,
+            plan,
+            frames,
+            paths,
+            _links: links,
+        })
     }
 }
 
@@ -275,8 +303,10 @@ impl Running {
 
 /// `/proc/PID/fd` of this process, by the number it has where /proc was mounted.
 fn proc_of_this_process() -> Result<PathBuf, ExecError> {
-    let own = std::fs::read_link("/proc/self")
-        .map_err(|source| ExecError::Sys { call: "reading /proc/self (is /proc mounted?)", source })?;
+    let own = std::fs::read_link("/proc/self").map_err(|source| ExecError::Sys {
+        call: "reading /proc/self (is /proc mounted?)",
+        source,
+    })?;
     Ok(Path::new("/proc").join(own).join("fd"))
 }
 
@@ -310,19 +340,30 @@ fn loader_options(
 fn knows_argv0(loader: &Part<Pinned>) -> Result<bool, ExecError> {
     let len = usize::try_from(loader.file.file().len()).unwrap_or(usize::MAX);
     let mut bytes = vec![0; len.min(LOADER_BYTES_MAX)];
-    let got = loader.file.read_at(&mut bytes, 0).map_err(|e| ExecError::Elf {
-        path: String::from_utf8_lossy(&loader.path).into_owned(),
-        source: e.into(),
-    })?;
+    let got = loader
+        .file
+        .read_at(&mut bytes, 0)
+        .map_err(|e| ExecError::Elf {
+            path: String::from_utf8_lossy(&loader.path).into_owned(),
+            source: e.into(),
+        })?;
     Ok(bytes[..got].windows(5).any(|w| w == b"argv0"))
 }
 
 fn frame_paths(plan: &Plan<Pinned>) -> Result<HashMap<FileId, Vec<u8>>, ExecError> {
     let dynamic = plan.dynamic.iter();
-    let libraries = dynamic.clone().flat_map(|d| d.libraries.iter().map(|l| &l.part));
-    let parts = dynamic.map(|d| &d.loader).chain(libraries).chain([&plan.program]);
+    let libraries = dynamic
+        .clone()
+        .flat_map(|d| d.libraries.iter().map(|l| &l.part));
+    let parts = dynamic
+        .map(|d| &d.loader)
+        .chain(libraries)
+        .chain([&plan.program]);
     parts
         .map(|part| Ok((FileId::of(part.file.descriptor())?, part.path.clone())))
         .collect::<io::Result<_>>()
-        .map_err(|source| ExecError::Sys { call: "fstat of a frame file", source })
+        .map_err(|source| ExecError::Sys {
+            call: "fstat of a frame file",
+            source,
+        })
 }

@@ -225,7 +225,10 @@ Rss:                   4 kB\n";
         assert_eq!(entries[0].name, b"/usr/bin/a prog");
         assert_eq!(entries[0].offset, 0x1000);
         assert!(!entries[1].executable);
-        let frames = HashSet::from([FileId { dev: (0, 0x2a), ino: 77 }]);
+        let frames = HashSet::from([FileId {
+            dev: (0, 0x2a),
+            ino: 77,
+        }]);
         let report = TextReport::count(&entries, &frames);
         assert_eq!(report.on_frames_pages, 33);
         assert_eq!(report.elsewhere_pages, 23 + 1);

@@ -56,7 +56,11 @@ impl Core {
     /// The handle of a node id in the present session.
     fn node(&self, id: u64) -> Result<(Arc<Live>, Node), Failure> {
         let live = self.live()?;
-        let route = self.table.lock().route(id, live.number).ok_or(Errno::ESTALE)?;
+        let route = self
+            .table
+            .lock()
+            .route(id, live.number)
+            .ok_or(Errno::ESTALE)?;
         let (_, mut node) = route.start;
         for (child, name) in route.below {
             node = node.lookup(&name).map_err(|e| match e.errno() {
@@ -104,7 +108,11 @@ impl Core {
             attr,
             |entry, new| {
                 entry.open.on_frames().is_some_and(|file| {
-                    file.changed() || entry.attr.as_ref().is_none_or(|old| !same_content(old, new))
+                    file.changed()
+                        || entry
+                            .attr
+                            .as_ref()
+                            .is_none_or(|old| !same_content(old, new))
                 })
             },
             &mut spare,
@@ -259,9 +267,10 @@ fn time((seconds, nanoseconds): (i64, u32)) -> SystemTime {
         UNIX_EPOCH.checked_sub(whole)
     };
     let nanoseconds = Duration::from_nanos(nanoseconds.into());
-    whole.and_then(|t| t.checked_add(nanoseconds)).unwrap_or(UNIX_EPOCH)
+    whole
+        .and_then(|t| t.checked_add(nanoseconds))
+        .unwrap_or(UNIX_EPOCH)
 }
-
 
 /// The directory that `..` of `id` is.
 pub(super) fn parent_of(table: &Table<Node, Opens>, id: u64) -> u64 {
@@ -274,7 +283,10 @@ mod tests {
 
     #[test]
     fn times_before_1970_and_absurd_ones_are_taken() {
-        assert_eq!(time((-1, 500_000_000)), UNIX_EPOCH - Duration::from_millis(500));
+        assert_eq!(
+            time((-1, 500_000_000)),
+            UNIX_EPOCH - Duration::from_millis(500)
+        );
         assert_eq!(time((1, 1)), UNIX_EPOCH + Duration::new(1, 1));
         assert!(time((i64::MAX, 999_999_999)) > UNIX_EPOCH && time((i64::MIN, 0)) <= UNIX_EPOCH);
     }

@@ -7,9 +7,9 @@ use super::table::ROOT;
 use crate::node::Entry;
 use crossbeam_channel::Sender;
 use fuser::{
-    Errno, FileHandle, Filesystem, Generation, INodeNo, InitFlags, KernelConfig,
-    LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry,
-    ReplyOpen, ReplyStatfs, ReplyXattr, Request,
+    Errno, FileHandle, Filesystem, Generation, INodeNo, InitFlags, KernelConfig, LockOwner,
+    OpenFlags, ReplyAttr, ReplyData, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyOpen,
+    ReplyStatfs, ReplyXattr, Request,
 };
 use std::ffi::OsStr;
 use std::io;
@@ -54,7 +54,9 @@ impl Filesystem for ShareFs {
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let found = self.core.ask(parent.0, |live, node| {
             let node = node.lookup(name.as_bytes())?;
-            Ok(self.core.enter(parent.0, name.as_bytes(), live.number, node))
+            Ok(self
+                .core
+                .enter(parent.0, name.as_bytes(), live.number, node))
         });
         match found {
             Ok(attr) => reply.entry(&TTL, &attr, GENERATION),
@@ -182,7 +184,10 @@ impl Filesystem for ShareFs {
             let _ = self.jobs.send(Job::Form(ino.0, size, reply));
             return;
         }
-        match self.core.ask(ino.0, |_, node| node.getxattr(name.as_bytes())) {
+        match self
+            .core
+            .ask(ino.0, |_, node| node.getxattr(name.as_bytes()))
+        {
             Ok(value) => reply_xattr(reply, size, &value),
             Err(errno) => reply.error(errno),
         }
@@ -191,8 +196,10 @@ impl Filesystem for ShareFs {
     fn listxattr(&self, _req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
         match self.core.ask(ino.0, |_, node| node.listxattr()) {
             Ok(names) => {
-                let list: Vec<u8> =
-                    names.into_iter().flat_map(|name| name.into_iter().chain([0])).collect();
+                let list: Vec<u8> = names
+                    .into_iter()
+                    .flat_map(|name| name.into_iter().chain([0]))
+                    .collect();
                 reply_xattr(reply, size, &list);
             }
             Err(errno) => reply.error(errno),
@@ -218,7 +225,14 @@ impl ShareFs {
         };
         if let Some(id) = dots {
             let attr = unknown_attr(id, entry.kind);
-            return reply.add(attr.ino, entry.cookie, name, &Duration::ZERO, &attr, GENERATION);
+            return reply.add(
+                attr.ino,
+                entry.cookie,
+                name,
+                &Duration::ZERO,
+                &attr,
+                GENERATION,
+            );
         }
         let (attr, ttl) = match entry.node {
             Some(node) => (self.core.enter(dir, &entry.name, session, node), TTL),

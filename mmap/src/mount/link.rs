@@ -50,7 +50,11 @@ impl Link {
     pub(super) fn new(target: Target) -> Result<Self> {
         let export = connect(&target)?;
         let live = RwLock::new(Arc::new(Live { number: 1, export }));
-        Ok(Self { target, live, next_attempt: Mutex::new(Instant::now()) })
+        Ok(Self {
+            target,
+            live,
+            next_attempt: Mutex::new(Instant::now()),
+        })
     }
 
     pub(super) fn target(&self) -> &Target {
@@ -82,7 +86,10 @@ impl Link {
         *next_attempt = Instant::now() + RECONNECT_PAUSE;
         match result {
             Ok(export) => {
-                let live = Arc::new(Live { number: last.number + 1, export });
+                let live = Arc::new(Live {
+                    number: last.number + 1,
+                    export,
+                });
                 before_use(&live);
                 *self.live.write() = live.clone();
                 tracing::info!(export = self.target.export, "connected again");

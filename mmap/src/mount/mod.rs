@@ -95,12 +95,18 @@ pub fn mount(options: &Options) -> Result<Mounted, MountError> {
         })?;
     let link = Link::new(options.target.clone())?;
     if link.last().export.mode() != ExportMode::ReadOnly {
-        return Err(MountError::Mode { export: link.target().export.clone() });
+        return Err(MountError::Mode {
+            export: link.target().export.clone(),
+        });
     }
     let core = Arc::new(Core::new(link));
     let (jobs, job_queue) = crossbeam_channel::unbounded();
     let (changes, change_queue) = crossbeam_channel::unbounded();
-    let fs = ShareFs { core: core.clone(), jobs, want_passthrough: options.passthrough };
+    let fs = ShareFs {
+        core: core.clone(),
+        jobs,
+        want_passthrough: options.passthrough,
+    };
     let session = Session::new(fs, &dir, &config(options)).map_err(mount_error)?;
     let why = no_passthrough(&session, &core, options.passthrough);
     let _ = core.notifier.set(session.notifier());
@@ -118,8 +124,8 @@ pub fn mount(options: &Options) -> Result<Mounted, MountError> {
         .name("copage-changes".into())
         .spawn(move || watch_changes(&watched, &change_queue))
         .map_err(sys("starting a thread"))?;
-    let (ended, running) =
-        rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(|e| sys("pipe")(e.into()))?;
+    let (ended, running) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
+        .map_err(|e| sys("pipe")(e.into()))?;
     let server = thread::Builder::new()
         .name("copage-mount".into())
         .spawn(move || {
@@ -128,8 +134,18 @@ pub fn mount(options: &Options) -> Result<Mounted, MountError> {
             result
         })
         .map_err(sys("starting a thread"))?;
-    let form = if core.passthrough() { Form::Frames } else { Form::PageCache };
-    Ok(Mounted { dir, form, why, server: Mutex::new(Some(server)), ended })
+    let form = if core.passthrough() {
+        Form::Frames
+    } else {
+        Form::PageCache
+    };
+    Ok(Mounted {
+        dir,
+        form,
+        why,
+        server: Mutex::new(Some(server)),
+        ended,
+    })
 }
 
 fn config(options: &Options) -> Config {
@@ -140,7 +156,11 @@ fn config(options: &Options) -> Config {
         MountOption::FSName(place::source_name(&options.target.export)),
         MountOption::CUSTOM("subtype=copage".into()),
     ];
-    config.acl = if options.allow_other { SessionACL::All } else { SessionACL::Owner };
+    config.acl = if options.allow_other {
+        SessionACL::All
+    } else {
+        SessionACL::Owner
+    };
     config.n_threads = Some(limits::THREADS);
     config
 }
@@ -151,7 +171,10 @@ fn mount_error(source: io::Error) -> MountError {
         // fuser starts fusermount3 when mount(2) says EPERM.
         io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied => MountError::NoRight { source },
         _ if !root && !place::in_path("fusermount3") => MountError::NoRight { source },
-        _ => MountError::Sys { call: "mounting", source },
+        _ => MountError::Sys {
+            call: "mounting",
+            source,
+        },
     }
 }
 
@@ -169,7 +192,8 @@ fn no_passthrough(session: &Session<ShareFs>, core: &Core, wanted: bool) -> Opti
     let refused = matches!(&answer, Err(e) if e.raw_os_error() == Some(libc::EPERM));
     refused.then(|| {
         core.passthrough.store(false, Ordering::Relaxed);
-        "passthrough needs CAP_SYS_ADMIN in the first user namespace (root outside containers)".into()
+        "passthrough needs CAP_SYS_ADMIN in the first user namespace (root outside containers)"
+            .into()
     })
 }
 
@@ -230,7 +254,11 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        let running = self.server.lock().as_ref().is_some_and(|server| !server.is_finished());
+        let running = self
+            .server
+            .lock()
+            .as_ref()
+            .is_some_and(|server| !server.is_finished());
         if running && let Err(error) = self.unmount(true) {
             tracing::warn!(dir = %self.dir.display(), %error, "left mounted");
         }

@@ -51,7 +51,11 @@ pub(super) struct OpenFile {
 
 impl OpenFile {
     pub(super) fn form(&self) -> Form {
-        if self.backing.is_some() { Form::Frames } else { Form::PageCache }
+        if self.backing.is_some() {
+            Form::Frames
+        } else {
+            Form::PageCache
+        }
     }
 
     /// Has the daemon said that the host changed the file since it was opened? It says so of files
@@ -90,7 +94,9 @@ impl Opens {
     }
 
     pub(super) fn on_frames(&self) -> Option<&OpenFile> {
-        self.file().map(Arc::as_ref).filter(|file| file.form() == Form::Frames)
+        self.file()
+            .map(Arc::as_ref)
+            .filter(|file| file.form() == Form::Frames)
     }
 }
 
@@ -147,7 +153,13 @@ pub(super) fn reply_xattr(reply: ReplyXattr, size: u32, data: &[u8]) {
 
 /// Errors of a pin that mean "too large" or "no room", not "no".
 fn too_large(error: &MmapError) -> bool {
-    let of_room = [libc::EFBIG, libc::EDQUOT, libc::ENOMEM, libc::ENOSPC, libc::EOPNOTSUPP];
+    let of_room = [
+        libc::EFBIG,
+        libc::EDQUOT,
+        libc::ENOMEM,
+        libc::ENOSPC,
+        libc::EOPNOTSUPP,
+    ];
     matches!(error, MmapError::Refused { .. }) && of_room.contains(&error.errno())
 }
 
@@ -220,7 +232,10 @@ impl Core {
         if file.form() == Form::PageCache {
             self.page_cache_opens.fetch_add(1, Ordering::Relaxed);
         }
-        entry.open.state = State::Open { file: file.clone(), count };
+        entry.open.state = State::Open {
+            file: file.clone(),
+            count,
+        };
         for reply in waiting.into_iter().chain([reply]) {
             answer(reply, &file, keep);
         }
@@ -250,7 +265,10 @@ impl Core {
                 self.open_first(id, reply, changes);
             }
             State::Open { file, count } if file.form() == Form::Frames => {
-                let same = entry.attr.as_ref().is_some_and(|old| same_content(old, &attr));
+                let same = entry
+                    .attr
+                    .as_ref()
+                    .is_some_and(|old| same_content(old, &attr));
                 if same && !file.changed() {
                     *count += 1;
                     answer(reply, file, true);
@@ -262,7 +280,10 @@ impl Core {
             }
             State::Open { file, count } => {
                 // Page-cache form follows the file, as on any network file system.
-                let keep = entry.attr.as_ref().is_some_and(|old| same_content(old, &attr));
+                let keep = entry
+                    .attr
+                    .as_ref()
+                    .is_some_and(|old| same_content(old, &attr));
                 entry.attr = Some(attr);
                 if file.session == session {
                     *count += 1;
@@ -315,11 +336,17 @@ impl Core {
         let open: Vec<u64> = {
             let table = self.table.lock();
             let read = |opens: &Opens| opens.file().is_some_and(|f| f.form() == Form::PageCache);
-            table.iter().filter(|(_, entry)| read(&entry.open)).map(|(id, _)| id).collect()
+            table
+                .iter()
+                .filter(|(_, entry)| read(&entry.open))
+                .map(|(id, _)| id)
+                .collect()
         };
         for id in open {
             // An error is met by whoever reads.
-            let Ok(attr) = self.ask(id, |_, node| node.attr()) else { continue };
+            let Ok(attr) = self.ask(id, |_, node| node.attr()) else {
+                continue;
+            };
             let changed = {
                 let mut table = self.table.lock();
                 table.get_mut(id).is_some_and(|entry| {
@@ -397,8 +424,12 @@ impl Core {
     pub(super) fn release(&self, id: u64) {
         let _gone = {
             let mut table = self.table.lock();
-            let Some(entry) = table.get_mut(id) else { return };
-            let State::Open { count, file } = &mut entry.open.state else { return };
+            let Some(entry) = table.get_mut(id) else {
+                return;
+            };
+            let State::Open { count, file } = &mut entry.open.state else {
+                return;
+            };
             *count = count.saturating_sub(1);
             if *count > 0 {
                 return;
@@ -412,7 +443,11 @@ impl Core {
 
     /// Bytes of a file that is open in page-cache form.
     pub(super) fn read(&self, id: u64, offset: u64, buf: &mut [u8]) -> Result<usize, Errno> {
-        let file = self.table.lock().get(id).and_then(|e| e.open.file().cloned());
+        let file = self
+            .table
+            .lock()
+            .get(id)
+            .and_then(|e| e.open.file().cloned());
         let file = file.ok_or(Errno::EBADF)?;
         match file.file.read_at(buf, offset) {
             Err(MmapError::Lost(_)) if file.form() == Form::PageCache => {
@@ -426,7 +461,12 @@ impl Core {
 
 impl OpenFile {
     fn new(file: File, backing: Option<BackingId>, bytes: u64, session: u64) -> Self {
-        Self { file, backing, bytes, session }
+        Self {
+            file,
+            backing,
+            bytes,
+            session,
+        }
     }
 }
 
@@ -438,7 +478,7 @@ impl Opens {
             Form::PageCache => {
                 let version = file.file.version();
                 self.cached.replace(version) == Some(version)
-            },
+            }
         }
     }
 }

@@ -14,10 +14,17 @@ pub(super) const SOURCE_PREFIX: &str = "copage:";
 
 /// `dir` as the kernel names it, if a mount may be put there.
 pub(super) fn check(dir: &Path, nonempty: bool) -> Result<PathBuf, MountError> {
-    let at = |source: io::Error| MountError::Dir { dir: dir.to_path_buf(), source };
+    let at = |source: io::Error| MountError::Dir {
+        dir: dir.to_path_buf(),
+        source,
+    };
     let full = match dir.canonicalize() {
         Ok(full) => full,
-        Err(e) if is_stale(&e) => return Err(MountError::Stale { dir: dir.to_path_buf() }),
+        Err(e) if is_stale(&e) => {
+            return Err(MountError::Stale {
+                dir: dir.to_path_buf(),
+            });
+        }
         Err(e) => return Err(at(e)),
     };
     match fs::metadata(&full) {
@@ -27,9 +34,12 @@ pub(super) fn check(dir: &Path, nonempty: bool) -> Result<PathBuf, MountError> {
         Err(e) => return Err(at(e)),
     }
     if let Some(source_name) = copage_mount_at(&full)? {
-        return Err(MountError::Mounted { dir: full, source_name });
+        return Err(MountError::Mounted {
+            dir: full,
+            source_name,
+        });
     }
-    let mut entries = fs::read_dir(&full).map_err(|source| at(source))?;
+    let mut entries = fs::read_dir(&full).map_err(at)?;
     if !nonempty && entries.next().is_some() {
         return Err(MountError::NotEmpty { dir: full });
     }
@@ -55,23 +65,32 @@ pub fn umount(dir: &Path, lazy: bool) -> Result<(), MountError> {
         Ok(()) => Ok(()),
         Err(rustix::io::Errno::BUSY) => Err(MountError::Busy { dir: full }),
         Err(rustix::io::Errno::PERM) => umount_by_helper(&full, lazy),
-        Err(e) => Err(MountError::Sys { call: "umount2", source: e.into() }),
+        Err(e) => Err(MountError::Sys {
+            call: "umount2",
+            source: e.into(),
+        }),
     }
 }
 
 /// `dir` as the kernel names it, also when looking at it fails because its mount is stale.
 fn locate(dir: &Path) -> Result<(PathBuf, bool), MountError> {
-    let at = |source: io::Error| MountError::Dir { dir: dir.to_path_buf(), source };
-    match dir.canonicalize().and_then(|full| fs::metadata(&full).map(|_| full)) {
+    let at = |source: io::Error| MountError::Dir {
+        dir: dir.to_path_buf(),
+        source,
+    };
+    match dir
+        .canonicalize()
+        .and_then(|full| fs::metadata(&full).map(|_| full))
+    {
         Ok(full) => return Ok((full, false)),
         Err(e) if is_stale(&e) => {}
         Err(e) => return Err(at(e)),
     }
-    let absolute = std::path::absolute(dir).map_err(|source| at(source))?;
+    let absolute = std::path::absolute(dir).map_err(at)?;
     let (Some(parent), Some(name)) = (absolute.parent(), absolute.file_name()) else {
         return Err(at(io::ErrorKind::InvalidInput.into()));
     };
-    Ok((parent.canonicalize().map_err(|source| at(source))?.join(name), true))
+    Ok((parent.canonicalize().map_err(at)?.join(name), true))
 }
 
 fn umount_by_helper(dir: &Path, lazy: bool) -> Result<(), MountError> {
@@ -87,16 +106,23 @@ fn umount_by_helper(dir: &Path, lazy: bool) -> Result<(), MountError> {
     }
     if !lazy && copage_mount_at(dir)?.is_some() {
         // It says no more than that it did not work; a mount of one's own that is not busy works.
-        return Err(MountError::Busy { dir: dir.to_path_buf() });
+        return Err(MountError::Busy {
+            dir: dir.to_path_buf(),
+        });
     }
     let text = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-    Err(MountError::Sys { call: "fusermount3 -u", source: io::Error::other(text) })
+    Err(MountError::Sys {
+        call: "fusermount3 -u",
+        source: io::Error::other(text),
+    })
 }
 
 /// The source of the copage mount at `dir`, if the topmost mount there is one.
 fn copage_mount_at(dir: &Path) -> Result<Option<String>, MountError> {
-    let text = fs::read("/proc/self/mountinfo")
-        .map_err(|source| MountError::Sys { call: "reading /proc/self/mountinfo", source })?;
+    let text = fs::read("/proc/self/mountinfo").map_err(|source| MountError::Sys {
+        call: "reading /proc/self/mountinfo",
+        source,
+    })?;
     Ok(find_mount(&text, dir))
 }
 
@@ -106,12 +132,17 @@ fn find_mount(mountinfo: &[u8], dir: &Path) -> Option<String> {
     for line in mountinfo.split(|&b| b == b'\n') {
         // id parent major:minor root DIR options [tags…] - type SOURCE options (proc(5))
         let mut words = line.split(|&b| b == b' ');
-        let Some(at) = words.by_ref().nth(4) else { continue };
+        let Some(at) = words.by_ref().nth(4) else {
+            continue;
+        };
         if unescape(at) != dir.as_os_str() {
             continue;
         }
         let mut words = words.skip_while(|word| *word != b"-").skip(1);
-        let (kind, source) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
+        let (kind, source) = (
+            words.next().unwrap_or_default(),
+            words.next().unwrap_or_default(),
+        );
         let source = unescape(source).to_string_lossy().into_owned();
         let ours = kind.starts_with(b"fuse") && source.starts_with(SOURCE_PREFIX);
         found = ours.then_some(source);
@@ -139,8 +170,16 @@ fn unescape(word: &[u8]) -> OsString {
 
 /// A name fit for a mount's source: mount helpers split at commas.
 pub(super) fn source_name(export: &str) -> String {
-    let clean: String =
-        export.chars().map(|c| if c == ',' || c == '\\' || c.is_control() { '_' } else { c }).collect();
+    let clean: String = export
+        .chars()
+        .map(|c| {
+            if c == ',' || c == '\\' || c.is_control() {
+                '_'
+            } else {
+                c
+            }
+        })
+        .collect();
     format!("{SOURCE_PREFIX}{clean}")
 }
 
@@ -163,7 +202,10 @@ broken\n";
 
     #[test]
     fn mounts_are_found_by_directory_the_topmost_counts() {
-        assert_eq!(find_mount(INFO, Path::new("/mnt/a b")).as_deref(), Some("copage:libs"));
+        assert_eq!(
+            find_mount(INFO, Path::new("/mnt/a b")).as_deref(),
+            Some("copage:libs")
+        );
         assert_eq!(find_mount(INFO, Path::new("/mnt/over")), None);
         assert_eq!(find_mount(INFO, Path::new("/")), None);
         assert_eq!(find_mount(INFO, Path::new("/elsewhere")), None);
@@ -177,10 +219,19 @@ broken\n";
         assert!(check(dir.path(), false).is_ok());
         let file = dir.path().join("file");
         fs::write(&file, b"").unwrap();
-        assert!(matches!(check(&file, false), Err(MountError::NotDirectory { .. })));
-        assert!(matches!(check(dir.path(), false), Err(MountError::NotEmpty { .. })));
+        assert!(matches!(
+            check(&file, false),
+            Err(MountError::NotDirectory { .. })
+        ));
+        assert!(matches!(
+            check(dir.path(), false),
+            Err(MountError::NotEmpty { .. })
+        ));
         assert!(check(dir.path(), true).is_ok());
-        assert!(matches!(umount(dir.path(), false), Err(MountError::NotMounted { .. })));
+        assert!(matches!(
+            umount(dir.path(), false),
+            Err(MountError::NotMounted { .. })
+        ));
         assert!(matches!(umount(&none, false), Err(MountError::Dir { .. })));
     }
 

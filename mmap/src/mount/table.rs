@@ -171,7 +171,9 @@ impl<N: Clone, O: Default> Table<N, O> {
         }
         // Each turn of the hand clears a mark or takes an id off, so this ends.
         while self.clock.len() > self.nodes_max {
-            let Some(old) = self.clock.pop_front() else { break };
+            let Some(old) = self.clock.pop_front() else {
+                break;
+            };
             match self.entries.get_mut(&old) {
                 Some(entry) if entry.used => {
                     entry.used = false;
@@ -196,7 +198,10 @@ impl<N: Clone, O: Default> Table<N, O> {
             {
                 entry.used = true;
                 below.reverse();
-                return Some(Route { start: (at, node.clone()), below });
+                return Some(Route {
+                    start: (at, node.clone()),
+                    below,
+                });
             }
             if at == ROOT {
                 return None;
@@ -209,9 +214,11 @@ impl<N: Clone, O: Default> Table<N, O> {
 
     /// May `id` go on to mean the file with these attributes, found again by name?
     pub(super) fn is_same_file(&self, id: u64, attr: &Attr) -> bool {
-        self.entries
-            .get(&id)
-            .is_some_and(|e| e.attr.as_ref().is_none_or(|a| file_key(a) == file_key(attr)))
+        self.entries.get(&id).is_some_and(|e| {
+            e.attr
+                .as_ref()
+                .is_none_or(|a| file_key(a) == file_key(attr))
+        })
     }
 
     /// The next lookup of the file of `id` is to give another id.
@@ -236,13 +243,20 @@ impl<N: Clone, O: Default> Table<N, O> {
         // Ids that are gone leave the clock when it comes to them, or now when they are many.
         if self.clock.len() > 2 * self.nodes_max.min(self.entries.len()) + 16 {
             let entries = &self.entries;
-            self.clock.retain(|id| entries.get(id).is_some_and(|e| e.node.is_some()));
+            self.clock
+                .retain(|id| entries.get(id).is_some_and(|e| e.node.is_some()));
         }
         gone
     }
 
     /// A new session begins: its root.
-    pub(super) fn new_session(&mut self, session: u64, root: N, nodes_max: usize, spare: &mut Vec<N>) {
+    pub(super) fn new_session(
+        &mut self,
+        session: u64,
+        root: N,
+        nodes_max: usize,
+        spare: &mut Vec<N>,
+    ) {
         self.nodes_max = nodes_max;
         self.set_node(ROOT, session, root, spare);
     }
@@ -324,7 +338,10 @@ mod tests {
         assert!(spare.contains(&"dir") && spare.contains(&"file"));
         let route = t.route(file, 1).unwrap();
         assert_eq!(route.start, (ROOT, "root"));
-        assert_eq!(route.below, [(dir, b"dir".to_vec()), (file, b"file".to_vec())]);
+        assert_eq!(
+            route.below,
+            [(dir, b"dir".to_vec()), (file, b"file".to_vec())]
+        );
         t.set_node(dir, 1, "dir again", &mut spare);
         let route = t.route(file, 1).unwrap();
         assert_eq!((route.start, route.below.len()), ((dir, "dir again"), 1));
@@ -339,7 +356,10 @@ mod tests {
         assert!(t.route(dir, 2).is_none());
         t.new_session(2, "new root", 100, &mut Vec::new());
         let route = t.route(dir, 2).unwrap();
-        assert_eq!((route.start, route.below), ((ROOT, "new root"), vec![(dir, b"dir".to_vec())]));
+        assert_eq!(
+            (route.start, route.below),
+            ((ROOT, "new root"), vec![(dir, b"dir".to_vec())])
+        );
         // Its directory forgotten, an id leads nowhere.
         let file = enter(&mut t, dir, "file", "f", attr(2, 1));
         assert!(t.forget(dir, 1).is_some());

@@ -28,7 +28,10 @@ impl Where {
         }
         let run_dir = self.run_dir.clone();
         let from_env = || std::env::var_os("COPAGE_RUN_DIR").map(PathBuf::from);
-        run_dir.or_else(from_env).unwrap_or_else(crate::config::default_run_dir).join("guest.sock")
+        run_dir
+            .or_else(from_env)
+            .unwrap_or_else(crate::config::default_run_dir)
+            .join("guest.sock")
     }
 
     /// What to tell the daemon of oneself. Commands read or mount and never map by the library, so
@@ -45,7 +48,10 @@ impl Where {
         let socket = self.socket();
         Client::connect(&socket, &self.options()).map_err(|e| {
             let kind = io::Error::from_raw_os_error(e.errno()).kind();
-            let down = matches!(kind, io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused);
+            let down = matches!(
+                kind,
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+            );
             let hint = if down {
                 "; is a daemon running? (`copage serve`; --run-dir says where another one is)"
             } else {

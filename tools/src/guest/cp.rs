@@ -54,7 +54,9 @@ pub struct Args {
 
 /// Runs it. What cannot be copied does not keep the rest from it.
 pub fn run(args: &Args) -> Result<ExitCode> {
-    let Some((to, from)) = args.paths.split_last() else { bail!("nothing to copy") };
+    let Some((to, from)) = args.paths.split_last() else {
+        bail!("nothing to copy")
+    };
     let to = Path::new(to);
     let into = fs::metadata(to).is_ok_and(|meta| meta.is_dir());
     ensure!(
@@ -80,9 +82,16 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         bar.finish_and_clear();
     }
     if args.json {
-        println!("{}", json!({ "files": copy.files, "bytes": copy.bytes, "complete": !copy.failed }));
+        println!(
+            "{}",
+            json!({ "files": copy.files, "bytes": copy.bytes, "complete": !copy.failed })
+        );
     }
-    Ok(if copy.failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+    Ok(if copy.failed {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
+    })
 }
 
 struct Copy {
@@ -111,7 +120,10 @@ impl Copy {
         let found = export.find(path.as_bytes(), LastLink::Follow)?;
         let to = if into {
             // Under the name that was asked for, not the one that a link led to.
-            let asked = path.as_bytes().rsplit(|&b| b == b'/').find(|name| !name.is_empty());
+            let asked = path
+                .as_bytes()
+                .rsplit(|&b| b == b'/')
+                .find(|name| !name.is_empty());
             match asked.filter(|name| *name != b"." && *name != b"..") {
                 Some(name) => to.join(OsStr::from_bytes(name)),
                 None => to.to_path_buf(),
@@ -239,20 +251,33 @@ impl Copy {
 fn keep(file: &File, attr: &Attr) -> Result<()> {
     let owner = rustix::process::geteuid().is_root();
     if owner {
-        let (uid, gid) = (rustix::fs::Uid::from_raw(attr.uid), rustix::fs::Gid::from_raw(attr.gid));
+        let (uid, gid) = (
+            rustix::fs::Uid::from_raw(attr.uid),
+            rustix::fs::Gid::from_raw(attr.gid),
+        );
         rustix::fs::fchown(file, Some(uid), Some(gid)).context("setting the owner")?;
     }
     // Set-user-id bits only where the owner is the one that they were meant for.
-    let perm = if owner { attr.perm & 0o7777 } else { attr.perm & 0o777 };
-    file.set_permissions(Permissions::from_mode(perm.into())).context("setting the mode")?;
-    let times = FileTimes::new().set_modified(time(attr.mtime)).set_accessed(time(attr.atime));
+    let perm = if owner {
+        attr.perm & 0o7777
+    } else {
+        attr.perm & 0o777
+    };
+    file.set_permissions(Permissions::from_mode(perm.into()))
+        .context("setting the mode")?;
+    let times = FileTimes::new()
+        .set_modified(time(attr.mtime))
+        .set_accessed(time(attr.atime));
     file.set_times(times).context("setting the time of change")
 }
 
 fn time((seconds, nanoseconds): (i64, u32)) -> SystemTime {
     let whole = Duration::from_secs(seconds.unsigned_abs());
-    let whole =
-        if seconds < 0 { UNIX_EPOCH.checked_sub(whole) } else { UNIX_EPOCH.checked_add(whole) };
+    let whole = if seconds < 0 {
+        UNIX_EPOCH.checked_sub(whole)
+    } else {
+        UNIX_EPOCH.checked_add(whole)
+    };
     let exact = whole.and_then(|t| t.checked_add(Duration::from_nanos(nanoseconds.into())));
     exact.unwrap_or(UNIX_EPOCH)
 }
@@ -265,13 +290,27 @@ struct Part {
 
 impl Part {
     fn beside(to: &Path) -> Result<Self> {
-        let dir = to.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        ensure!(!to.is_dir() || to.is_symlink(), "{} is a directory", to.display());
-        ensure!(dir.is_dir(), "{}: there is no such directory", dir.display());
+        let dir = to
+            .parent()
+            .filter(|dir| !dir.as_os_str().is_empty())
+            .unwrap_or(Path::new("."));
+        ensure!(
+            !to.is_dir() || to.is_symlink(),
+            "{} is a directory",
+            to.display()
+        );
+        ensure!(
+            dir.is_dir(),
+            "{}: there is no such directory",
+            dir.display()
+        );
         let mut random = [0; 8];
         rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())?;
         let name = format!(".copage-cp-{:016x}", u64::from_ne_bytes(random));
-        Ok(Self { path: dir.join(name), placed: false })
+        Ok(Self {
+            path: dir.join(name),
+            placed: false,
+        })
     }
 
     fn take_place(mut self, to: &Path) -> Result<()> {

@@ -50,7 +50,12 @@ pub struct Args {
     /// The export
     export: String,
     /// The program and its arguments: all that follows is its own, `--help` too
-    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_name = "PROGRAM")]
+    #[arg(
+        required = true,
+        trailing_var_arg = true,
+        allow_hyphen_values = true,
+        value_name = "PROGRAM"
+    )]
     program: Vec<OsString>,
 }
 
@@ -64,7 +69,10 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let command = Command {
         path: path.clone(),
         args: rest.to_vec(),
-        search: Search { library_dirs: bytes(&args.library_dir), also: bytes(&args.library) },
+        search: Search {
+            library_dirs: bytes(&args.library_dir),
+            also: bytes(&args.library),
+        },
     };
     let mut running = match command.start(&export) {
         Ok(running) => running,
@@ -118,6 +126,10 @@ fn show(running: &Running, report: Option<&TextReport>) {
             Some(path) => ("shared frames", path),
             None => ("this machine's", file.name.as_slice()),
         };
-        eprintln!("  {:>6}  {place:14}  {}", file.pages, String::from_utf8_lossy(name));
+        eprintln!(
+            "  {:>6}  {place:14}  {}",
+            file.pages,
+            String::from_utf8_lossy(name)
+        );
     }
 }

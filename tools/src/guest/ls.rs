@@ -73,7 +73,11 @@ fn exports(args: &Args, out: &mut impl Write) -> Result<()> {
 
 fn paths(export: &Export, args: &Args, out: &mut impl Write) -> Result<ExitCode> {
     let root = [OsString::from("/")];
-    let paths = if args.paths.is_empty() { &root[..] } else { &args.paths };
+    let paths = if args.paths.is_empty() {
+        &root[..]
+    } else {
+        &args.paths
+    };
     let mut code = ExitCode::SUCCESS;
     let mut all = Vec::new();
     for (number, path) in paths.iter().enumerate() {
@@ -91,7 +95,12 @@ fn paths(export: &Export, args: &Args, out: &mut impl Write) -> Result<ExitCode>
             continue;
         }
         if paths.len() > 1 {
-            writeln!(out, "{}{}:", if number > 0 { "\n" } else { "" }, path.display())?;
+            writeln!(
+                out,
+                "{}{}:",
+                if number > 0 { "\n" } else { "" },
+                path.display()
+            )?;
         }
         print(&rows, args.long, out)?;
     }
@@ -115,7 +124,11 @@ fn row_json(row: &Row) -> Value {
 fn row(name: Vec<u8>, node: Option<&Node>) -> Row {
     let link = node.filter(|node| node.kind() == FileKind::Symlink);
     let target = link.and_then(|node| node.readlink().ok());
-    Row { name, attr: node.map(|node| *node.known_attr()), target }
+    Row {
+        name,
+        attr: node.map(|node| *node.known_attr()),
+        target,
+    }
 }
 
 fn list(export: &Export, path: &OsString, args: &Args) -> Result<Vec<Row>> {
@@ -134,7 +147,9 @@ fn list(export: &Export, path: &OsString, args: &Args) -> Result<Vec<Row>> {
     let mut cookie = 0;
     loop {
         let page = node.readdir_page(cookie, DIR_BYTES, args.long || args.json)?;
-        let Some(last) = page.entries.last() else { break };
+        let Some(last) = page.entries.last() else {
+            break;
+        };
         cookie = last.cookie;
         for entry in page.entries {
             let dots = entry.name == b"." || entry.name == b"..";
@@ -152,10 +167,20 @@ fn list(export: &Export, path: &OsString, args: &Args) -> Result<Vec<Row>> {
 
 fn print(rows: &[Row], long: bool, out: &mut impl Write) -> Result<()> {
     let width = |of: fn(&Attr) -> u64| {
-        rows.iter().filter_map(|r| r.attr.as_ref()).map(of).max().unwrap_or(0).to_string().len()
+        rows.iter()
+            .filter_map(|r| r.attr.as_ref())
+            .map(of)
+            .max()
+            .unwrap_or(0)
+            .to_string()
+            .len()
     };
     let links = width(|a| a.nlink.into());
-    let (uid, gid, bytes) = (width(|a| a.uid.into()), width(|a| a.gid.into()), width(|a| a.bytes));
+    let (uid, gid, bytes) = (
+        width(|a| a.uid.into()),
+        width(|a| a.gid.into()),
+        width(|a| a.bytes),
+    );
     for row in rows {
         if long {
             match &row.attr {

@@ -106,7 +106,12 @@ fn announce(args: &Args, mounted: &Mounted) -> Result<()> {
         eprintln!("copage mount: every file goes through this kernel's page cache: {why}");
     }
     let mut out = io::stdout().lock();
-    writeln!(out, "{UP}{} at {}: {form}", args.export, mounted.dir().display())?;
+    writeln!(
+        out,
+        "{UP}{} at {}: {form}",
+        args.export,
+        mounted.dir().display()
+    )?;
     out.flush()?;
     drop(out);
     if args.detached {
@@ -155,12 +160,22 @@ fn serve(mounted: &Mounted, signals: &SignalFd) -> Result<ExitCode> {
 fn start_in_background() -> Result<ExitCode> {
     let mut command = Command::new(std::env::current_exe().context("this program's path")?);
     let mut arguments = std::env::args_os();
-    command.args(arguments.by_ref().skip(1).map(|argument| match argument == "--background" {
-        true => "--detached".into(),
-        false => argument,
-    }));
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let mut child = command.spawn().context("starting the process in the background")?;
+    command.args(
+        arguments
+            .by_ref()
+            .skip(1)
+            .map(|argument| match argument == "--background" {
+                true => "--detached".into(),
+                false => argument,
+            }),
+    );
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let mut child = command
+        .spawn()
+        .context("starting the process in the background")?;
     // Copied, so that this process's caller is not held up by a descriptor of a background process.
     let errors = child.stderr.take().map(|stderr| {
         thread::spawn(move || {
@@ -184,5 +199,10 @@ fn start_in_background() -> Result<ExitCode> {
     }
     let status = child.wait()?;
     errors.map(thread::JoinHandle::join);
-    Ok(ExitCode::from(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1)))
+    Ok(ExitCode::from(
+        status
+            .code()
+            .and_then(|code| u8::try_from(code).ok())
+            .unwrap_or(1),
+    ))
 }

@@ -14,9 +14,11 @@ pub fn mode(attr: &Attr) -> String {
     };
     let perm = attr.perm;
     let mut text = String::from(kind);
-    for (shift, special, letters) in
-        [(6, 0o4000, ['s', 'S']), (3, 0o2000, ['s', 'S']), (0, 0o1000, ['t', 'T'])]
-    {
+    for (shift, special, letters) in [
+        (6, 0o4000, ['s', 'S']),
+        (3, 0o2000, ['s', 'S']),
+        (0, 0o1000, ['t', 'T']),
+    ] {
         let bits = perm >> shift;
         text.push(if bits & 4 != 0 { 'r' } else { '-' });
         text.push(if bits & 2 != 0 { 'w' } else { '-' });
@@ -45,7 +47,10 @@ pub fn time((seconds, _): (i64, u32)) -> String {
     let (days, second) = (seconds.div_euclid(86_400), seconds.rem_euclid(86_400));
     let (year, month, day) = civil(days);
     let (hour, minute) = (second / 3600, second / 60 % 60);
-    format!("{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{:02}Z", second % 60)
+    format!(
+        "{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{:02}Z",
+        second % 60
+    )
 }
 
 /// Year, month and day of a day counted from 1970-01-01, in the Gregorian calendar: days are counted
@@ -53,12 +58,19 @@ pub fn time((seconds, _): (i64, u32)) -> String {
 fn civil(days: i64) -> (i64, i64, i64) {
     // 719,468 days lie between 0000-03-01 and 1970-01-01; 146,097 make 400 years.
     let from_march = days.saturating_add(719_468);
-    let (era, of_era) = (from_march.div_euclid(146_097), from_march.rem_euclid(146_097));
+    let (era, of_era) = (
+        from_march.div_euclid(146_097),
+        from_march.rem_euclid(146_097),
+    );
     let year_of_era = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;
     let of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
     let shifted = (5 * of_year + 2) / 153;
     let day = of_year - (153 * shifted + 2) / 5 + 1;
-    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
+    let month = if shifted < 10 {
+        shifted + 3
+    } else {
+        shifted - 9
+    };
     (era * 400 + year_of_era + i64::from(month <= 2), month, day)
 }
 
@@ -68,10 +80,15 @@ pub fn name(name: &[u8]) -> Vec<u8> {
         return name.to_vec();
     }
     match core::str::from_utf8(name) {
-        Ok(text) => text.chars().map(|c| if c.is_control() { '?' } else { c }).collect::<String>().into(),
-        Err(_) => {
-            name.iter().map(|&b| if (32..127).contains(&b) { b } else { b'?' }).collect()
-        }
+        Ok(text) => text
+            .chars()
+            .map(|c| if c.is_control() { '?' } else { c })
+            .collect::<String>()
+            .into(),
+        Err(_) => name
+            .iter()
+            .map(|&b| if (32..127).contains(&b) { b } else { b'?' })
+            .collect(),
     }
 }
 

@@ -59,7 +59,11 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 }
 
 fn one(export: &Export, path: &OsString, follow: bool) -> Result<Value> {
-    let last = if follow { LastLink::Follow } else { LastLink::Keep };
+    let last = if follow {
+        LastLink::Follow
+    } else {
+        LastLink::Keep
+    };
     let found = export.find(path.as_bytes(), last)?;
     let attr = found.node.attr()?;
     let mut value = show::json(&found.path, &attr);
@@ -90,7 +94,12 @@ fn print(value: &Value, out: &mut impl Write) -> Result<()> {
         let target = show::name(text("target").as_bytes());
         writeln!(out, "  leads to {}", String::from_utf8_lossy(&target))?;
     }
-    writeln!(out, "  {} bytes in {} blocks of 512", text("bytes"), text("blocks_512"))?;
+    writeln!(
+        out,
+        "  {} bytes in {} blocks of 512",
+        text("bytes"),
+        text("blocks_512")
+    )?;
     writeln!(
         out,
         "  {} ({}), uid {}, gid {}, {} links, inode {} of device {}",
@@ -111,7 +120,11 @@ fn print(value: &Value, out: &mut impl Write) -> Result<()> {
     )?;
     if value.get("version").is_some() {
         let bounded = value["host_bounded"].as_bool() == Some(true);
-        let lease = if bounded { "host-bounded (no kernel lease)" } else { "under a kernel lease" };
+        let lease = if bounded {
+            "host-bounded (no kernel lease)"
+        } else {
+            "under a kernel lease"
+        };
         writeln!(out, "  version {}, {lease}", text("version"))?;
     }
     Ok(())
