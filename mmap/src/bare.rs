@@ -1,6 +1,7 @@
 //! The least that a userfaultfd service can be: what benches measure this library against. No
 //! daemon, no session, no windows: one thread reads a fault, has the page put into the file, wakes.
 
+use crate::client::UserfaultPolicy;
 use crate::sys::{EventFd, Protection, Region};
 use crate::uffd::{Uffd, UffdMsg};
 use copage_grants::PAGE_SIZE;
@@ -34,7 +35,9 @@ impl BareService {
         bytes: usize,
         fill: impl FnMut(u64) -> io::Result<Range<u64>> + Send + 'static,
     ) -> io::Result<Self> {
-        let uffd = Uffd::full()?;
+        // Its own accesses are all of user mode, so either kind will do.
+        let uffd =
+            Uffd::open(UserfaultPolicy::Best, Uffd::full().ok(), None).map_err(io::Error::other)?;
         let region = Region::map(frames, 0, bytes, Protection::Read, PAGE_SIZE)?;
         uffd.register(region.addr(), region.bytes(), false)?;
         let served = Arc::new(Served {
