@@ -14,9 +14,10 @@ pub mod elf;
 mod error;
 mod limits;
 mod private_dir;
+mod program;
 mod run;
 pub mod text;
 
-pub use closure::{Dynamic, Library, Part, Place, Plan, Search, Share, Who, plan};
 pub use error::ExecError;
+pub use program::{Dynamic, Library, Part, Place, Plan, Search, Share, Who, plan};
 pub use run::{Command, Pinned, Running};

@@ -1,9 +1,10 @@
 //! Starting a planned program and staying with it.
 
-use super::closure::{Dynamic, Part, Place, Plan, Search, Share, Who, is_musl, last_name, plan};
+use super::closure::is_musl;
 use super::elf::{ReadAt, read_fd};
 use super::error::ExecError;
 use super::private_dir::PrivateDir;
+use super::program::{Dynamic, Part, Place, Plan, Search, Share, Who, last_name, plan};
 use super::text::{FileId, TextReport};
 use crate::error::MmapError;
 use crate::export::Export;

@@ -2,8 +2,8 @@
 
 use super::core::{Core, parent_of, unknown_attr};
 use super::limits::{BACKGROUND_MAX, DIR_BYTES, TTL};
-use super::open::{Job, reply_xattr};
 use super::table::ROOT;
+use super::workers::{Job, reply_xattr};
 use crate::node::Entry;
 use crossbeam_channel::Sender;
 use fuser::{

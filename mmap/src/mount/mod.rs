@@ -20,6 +20,7 @@ mod link;
 mod open;
 mod place;
 mod table;
+mod workers;
 
 pub use error::MountError;
 pub use fs::FORM_XATTR;
@@ -33,7 +34,6 @@ use copage_grants::sys::SignalFd;
 use fs::ShareFs;
 use fuser::{BackingId, Config, MountOption, Session, SessionACL};
 use link::Link;
-use open::{opener, watch_changes};
 use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, poll};
 use std::fs::File;
@@ -43,6 +43,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::{self, JoinHandle};
+use workers::{opener, watch_changes};
 
 /// What to mount where.
 #[derive(Clone, Debug)]
