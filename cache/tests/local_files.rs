@@ -522,3 +522,42 @@ fn local_without_force_a_silent_holder_is_quarantined_not_robbed() {
     });
     rig.audit();
 }
+
+#[test]
+fn local_opens_under_way_at_the_end_of_a_session_end_with_it() {
+    let mut rig = Rig::new(1024);
+    for n in 0..8 {
+        rig.write(&format!("f{n}"), &content(n, 8 * PAGE));
+    }
+    // Many opens in the queue, so that some are begun before the end and some behind it.
+    for dom in 1..40 {
+        let guest = who(dom);
+        let tickets: Vec<u64> = (0..24)
+            .map(|n| {
+                let how = if n % 2 == 0 {
+                    OpenHow::Pin
+                } else {
+                    OpenHow::Map
+                };
+                let (node, ticket) = (rig.node(&format!("f{}", n % 8)), rig.ticket());
+                rig.cache.open(ticket, node, how, guest);
+                ticket
+            })
+            .collect();
+        if dom % 2 == 0 {
+            rig.cache.guest_fenced(guest);
+        }
+        rig.cache.guest_ended(guest);
+        for ticket in tickets {
+            rig.wait(ticket);
+        }
+        assert_eq!(
+            rig.backend.grant_count(guest.dom),
+            0,
+            "granted after its end"
+        );
+        let stats = rig.cache.stats();
+        assert_eq!(stats.files_open, 0, "opened after its end: {stats:?}");
+    }
+    rig.audit();
+}
