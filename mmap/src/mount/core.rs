@@ -1,5 +1,6 @@
 //! What the kernel's requests, the openers and the watcher of changes share.
 
+use super::linger::Lingering;
 use super::link::{Link, Live};
 use super::open::Opens;
 use super::table::{ROOT, Table, same_content};
@@ -20,6 +21,8 @@ pub(super) struct Core {
     pub(super) passthrough: AtomicBool,
     /// Opens in page-cache form.
     pub(super) page_cache_opens: AtomicUsize,
+    /// A leaf lock, taken with the table's at most.
+    pub(super) lingering: Mutex<Lingering>,
     /// Set when the mount is up.
     pub(super) notifier: OnceLock<Notifier>,
 }
@@ -35,6 +38,7 @@ impl Core {
             table: Mutex::new(table),
             passthrough: AtomicBool::new(false),
             page_cache_opens: AtomicUsize::new(0),
+            lingering: Mutex::new(Lingering::default()),
             notifier: OnceLock::new(),
         }
     }

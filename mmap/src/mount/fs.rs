@@ -3,8 +3,9 @@
 use super::core::{Core, parent_of, unknown_attr};
 use super::limits::{BACKGROUND_MAX, DIR_BYTES, TTL};
 use super::table::ROOT;
-use super::workers::{Job, reply_xattr};
+use super::workers::{Change, Job, reply_xattr};
 use crate::node::Entry;
+use copage_coherence::msg::FileKind;
 use crossbeam_channel::Sender;
 use fuser::{
     Errno, FileHandle, Filesystem, Generation, INodeNo, InitFlags, KernelConfig, LockOwner,
@@ -28,6 +29,7 @@ const GENERATION: Generation = Generation(0);
 pub(super) struct ShareFs {
     pub(super) core: Arc<Core>,
     pub(super) jobs: Sender<Job>,
+    pub(super) changes: Sender<Change>,
     /// Passthrough is wanted, and this process may have it.
     pub(super) want_passthrough: bool,
 }
@@ -60,6 +62,12 @@ impl Filesystem for ShareFs {
         });
         match found {
             Ok(attr) => reply.entry(&TTL, &attr, GENERATION),
+            // Programs look for their libraries under many names that are not there; the kernel
+            // remembers those too.
+            Err(errno) if errno.code() == libc::ENOENT => {
+                let nothing = unknown_attr(0, FileKind::Regular);
+                reply.entry(&TTL, &nothing, GENERATION);
+            }
             Err(errno) => reply.error(errno),
         }
     }
@@ -120,7 +128,7 @@ impl Filesystem for ShareFs {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
-        self.core.release(ino.0);
+        self.core.release(ino.0, &self.changes);
         reply.ok();
     }
 

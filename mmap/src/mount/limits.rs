@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-/// How long the kernel may believe an attribute or a name without asking: what the host changes is
-/// seen this late at most. FUSE's own default.
+/// How long the kernel may believe an attribute, a name, or that a name is not there, without asking:
+/// what the host changes is seen this late at most. FUSE's own default.
 pub(super) const TTL: Duration = Duration::from_secs(1);
 /// Threads that answer the kernel. Each waits for the daemon, and that for a disk; more than the
 /// cores, so that a slow disk does not stop lookups of what is known.
@@ -22,5 +22,14 @@ pub(super) const HANDLES_MIN: usize = 64;
 pub(super) const BACKGROUND_MAX: u16 = 64;
 /// How long after a vain attempt to reach the daemon the next is made.
 pub(super) const RECONNECT_PAUSE: Duration = Duration::from_millis(500);
+/// How long a file on frames stays pinned after its last close: a program that is started again, and
+/// the libraries that all programs have, open without asking the daemon.
+pub(super) const LINGER: Duration = Duration::from_secs(1);
+/// The most such files at one time, and their bytes: they count against the guest's pinned pages.
+pub(super) const LINGER_FILES_MAX: usize = 64;
+pub(super) const LINGER_BYTES_MAX: u64 = 64 << 20;
+/// How long a pin that was refused for want of room waits for pins that were just given up: the daemon
+/// asks the kernel every 50 ms whether they are really closed.
+pub(super) const ROOM_PAUSE: Duration = Duration::from_millis(60);
 /// How often page-cache-form files that are open are looked at for changes, while there are any.
 pub(super) const CHANGES_PAUSE: Duration = Duration::from_secs(1);

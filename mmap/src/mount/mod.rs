@@ -9,6 +9,9 @@
 //! open gets the new. In page-cache form a file follows the host as on any network file system: within
 //! a second, and at each open.
 //!
+//! A file on frames stays pinned for a second after its last close, and names that are not there are
+//! remembered as long: starting a program asks the daemon for what it has not just been asked.
+//!
 //! When the daemon dies, files that are open on frames go on; everything else is EIO until a daemon
 //! is there again, which is tried at most twice a second when somebody asks.
 
@@ -16,6 +19,7 @@ mod core;
 mod error;
 mod fs;
 mod limits;
+mod linger;
 mod link;
 mod open;
 mod place;
@@ -106,6 +110,7 @@ pub fn mount(options: &Options) -> Result<Mounted, MountError> {
     let fs = ShareFs {
         core: core.clone(),
         jobs,
+        changes: changes.clone(),
         want_passthrough: options.passthrough,
     };
     let session = Session::new(fs, &dir, &config(options)).map_err(mount_error)?;

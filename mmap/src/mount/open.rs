@@ -6,13 +6,14 @@
 //! node id, and opens that (`LOOKUP_REVAL`, fs/namei.c).
 
 use super::core::{Core, errno};
+use super::limits::ROOM_PAUSE;
 use super::link::Live;
 use super::table::same_content;
-use super::workers::Job;
+use super::workers::{Change, Job};
 use crate::error::MmapError;
 use crate::file::File;
 use crate::node::Node;
-use copage_coherence::msg::OpenHow;
+use copage_coherence::msg::{Attr, OpenHow};
 use copage_grants::Version;
 use crossbeam_channel::Sender;
 use fuser::{BackingId, Errno, FileHandle, FopenFlags, ReplyOpen};
@@ -59,6 +60,16 @@ impl OpenFile {
         }
     }
 
+    /// The number of the session it is of.
+    pub(super) fn session(&self) -> u64 {
+        self.session
+    }
+
+    /// The daemon may not hear of changes of it.
+    pub(super) fn host_bounded(&self) -> bool {
+        self.file.host_bounded()
+    }
+
     /// Has the daemon said that the host changed the file since it was opened? It says so of files
     /// that are pinned, not of those that are only read.
     pub(super) fn changed(&self) -> bool {
@@ -76,6 +87,11 @@ enum State {
         file: Arc<OpenFile>,
         count: u64,
     },
+    /// Closed by all, and pinned for a moment longer; with the attributes it was closed with.
+    Lingering {
+        file: Arc<OpenFile>,
+        attr: Attr,
+    },
 }
 
 /// What is kept of a node id's opens.
@@ -91,6 +107,17 @@ impl Opens {
         match &self.state {
             State::Open { file, .. } => Some(file),
             _ => None,
+        }
+    }
+
+    /// Ends a file's lingering.
+    pub(super) fn end_linger(&mut self) -> Option<Arc<OpenFile>> {
+        match std::mem::take(&mut self.state) {
+            State::Lingering { file, .. } => Some(file),
+            other => {
+                self.state = other;
+                None
+            }
         }
     }
 
@@ -123,30 +150,40 @@ impl Core {
             drop(table);
             return reply.error(Errno::ESTALE);
         };
+        let mut outlived = None;
+        if let State::Lingering { file, attr } = &entry.open.state {
+            let now = entry.attr.as_ref();
+            let same = now.is_some_and(|now| same_content(now, attr));
+            if same && Self::is_current(&last, file) {
+                let file = file.clone();
+                answer(reply, &file, true);
+                entry.open.state = State::Open { file, count: 1 };
+                return;
+            }
+            outlived = entry.open.end_linger();
+        }
         let job = match &mut entry.open.state {
             State::Opening(waiting) => return waiting.push(reply),
             State::Open { file, count }
-                if file.form() == Form::Frames
-                    && file.session == last.number
-                    && !last.is_lost()
-                    && !file.changed()
-                    && !file.file.host_bounded() =>
+                if file.form() == Form::Frames && Self::is_current(&last, file) =>
             {
                 *count += 1;
                 return answer(reply, file, true);
             }
             State::Open { .. } => Job::Again(id, reply),
-            state @ State::Closed => {
+            state @ (State::Closed | State::Lingering { .. }) => {
                 *state = State::Opening(Vec::new());
                 Job::Open(id, reply)
             }
         };
         drop(table);
+        // The kernel wants no backing file of the inode left before it takes another.
+        drop(outlived);
         // The openers outlive the session of the kernel, which is who called.
         let _ = jobs.send(job);
     }
 
-    pub(super) fn open_first(&self, id: u64, reply: ReplyOpen, changes: &Sender<u64>) {
+    pub(super) fn open_first(&self, id: u64, reply: ReplyOpen, changes: &Sender<Change>) {
         let result = self.ask_open(id, Some(&reply));
         let mut table = self.table.lock();
         let Some(entry) = table.get_mut(id) else {
@@ -192,11 +229,11 @@ impl Core {
         drop(table);
         if grown || file.form() == Form::PageCache {
             // Also wakes the watcher, which sleeps while no such file is open.
-            let _ = changes.send(id);
+            let _ = changes.send(Change::Attributes(id));
         }
     }
 
-    pub(super) fn open_again(&self, id: u64, reply: ReplyOpen, changes: &Sender<u64>) {
+    pub(super) fn open_again(&self, id: u64, reply: ReplyOpen, changes: &Sender<Change>) {
         let fresh = match self.ask(id, |live, node| Ok((live.number, node.attr()?))) {
             Ok(fresh) => fresh,
             Err(errno) => return reply.error(errno),
@@ -209,9 +246,10 @@ impl Core {
         };
         match &mut entry.open.state {
             State::Opening(waiting) => waiting.push(reply),
-            state @ State::Closed => {
-                *state = State::Opening(Vec::new());
+            state @ (State::Closed | State::Lingering { .. }) => {
+                let outlived = std::mem::replace(state, State::Opening(Vec::new()));
                 drop(table);
+                drop(outlived);
                 self.open_first(id, reply, changes);
             }
             State::Open { file, count } if file.form() == Form::Frames => {
@@ -243,7 +281,7 @@ impl Core {
                 match self.open_anew(id) {
                     Ok(Some(file)) => {
                         answer(reply, &file, false);
-                        let _ = changes.send(id);
+                        let _ = changes.send(Change::Attributes(id));
                     }
                     // Its last other open has just ended.
                     Ok(None) => reply.error(Errno::ESTALE),
@@ -285,7 +323,7 @@ impl Core {
     /// in page-cache form.
     fn ask_open(&self, id: u64, reply: Option<&ReplyOpen>) -> Result<OpenFile, Errno> {
         if let Some(reply) = reply.filter(|_| self.passthrough()) {
-            let pinned = self.ask(id, |live, node| match node.open(OpenHow::Pin) {
+            let pinned = self.ask(id, |live, node| match self.pin(node) {
                 Ok(file) => {
                     let descriptor = file.descriptor()?;
                     Ok(Some((file, descriptor, live.number)))
@@ -316,9 +354,21 @@ impl Core {
         })
     }
 
+    /// Opens a file pinned; what lingers makes room for it.
+    fn pin(&self, node: &Node) -> Result<File, MmapError> {
+        match node.open(OpenHow::Pin) {
+            Err(e) if too_large(&e) && e.errno() != libc::EFBIG && self.end_lingering(true) > 0 => {
+                std::thread::sleep(ROOM_PAUSE);
+                node.open(OpenHow::Pin)
+            }
+            other => other,
+        }
+    }
+
     /// One open less.
-    pub(super) fn release(&self, id: u64) {
-        let _gone = {
+    pub(super) fn release(&self, id: u64, changes: &Sender<Change>) {
+        let last = self.link.last();
+        let gone = {
             let mut table = self.table.lock();
             let Some(entry) = table.get_mut(id) else {
                 return;
@@ -333,8 +383,21 @@ impl Core {
             if file.form() == Form::PageCache {
                 self.page_cache_opens.fetch_sub(1, Ordering::Relaxed);
             }
-            std::mem::take(&mut entry.open.state)
+            let lingers = file.form() == Form::Frames && Self::is_current(&last, file);
+            match (lingers, entry.attr) {
+                (true, Some(attr)) => {
+                    let file = file.clone();
+                    self.lingering.lock().push(id, file.bytes);
+                    entry.open.state = State::Lingering { file, attr };
+                    None
+                }
+                _ => Some(std::mem::take(&mut entry.open.state)),
+            }
         };
+        if gone.is_none() {
+            // To the watcher, which ends it in time.
+            let _ = changes.send(Change::Lingers);
+        }
     }
 
     /// Bytes of a file that is open in page-cache form.

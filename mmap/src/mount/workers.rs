@@ -19,8 +19,17 @@ pub(super) enum Job {
     Form(u64, u32, ReplyXattr),
 }
 
+/// News for the watcher.
+pub(super) enum Change {
+    /// The kernel must ask for this node id's attributes anew. Also wakes the watcher, which sleeps while
+    /// no file is open in page-cache form.
+    Attributes(u64),
+    /// A file on frames lingers.
+    Lingers,
+}
+
 /// Until all senders of jobs are gone.
-pub(super) fn opener(core: &Core, jobs: &Receiver<Job>, changes: &Sender<u64>) {
+pub(super) fn opener(core: &Core, jobs: &Receiver<Job>, changes: &Sender<Change>) {
     while let Ok(job) = jobs.recv() {
         match job {
             Job::Open(id, reply) => core.open_first(id, reply, changes),
@@ -35,19 +44,23 @@ pub(super) fn opener(core: &Core, jobs: &Receiver<Job>, changes: &Sender<u64>) {
 
 /// Tells the kernel of files whose attributes it must ask for anew, until all senders are gone; and,
 /// while files are open in page-cache form, of those that the host has changed: the daemon says nothing
-/// of its own accord about a file that is only read.
-pub(super) fn watch_changes(core: &Core, changes: &Receiver<u64>) {
+/// of its own accord about a file that is only read. Unpins what has lingered.
+pub(super) fn watch_changes(core: &Core, changes: &Receiver<Change>) {
     loop {
-        let message = if core.page_cache_opens.load(Ordering::Relaxed) > 0 {
+        let looks = core.page_cache_opens.load(Ordering::Relaxed) > 0;
+        let message = if looks || core.lingers() {
             changes.recv_timeout(CHANGES_PAUSE)
         } else {
             changes.recv().map_err(|_| RecvTimeoutError::Disconnected)
         };
         match message {
-            Ok(id) => core.invalidate(id, false),
-            Err(RecvTimeoutError::Timeout) => core.look_for_changes(),
+            Ok(Change::Attributes(id)) => core.invalidate(id, false),
+            Ok(Change::Lingers) => {}
+            Err(RecvTimeoutError::Timeout) if looks => core.look_for_changes(),
+            Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return,
         }
+        core.end_lingering(false);
     }
 }
 
