@@ -16,7 +16,11 @@ pub(crate) struct Bitmap {
 impl Bitmap {
     /// An empty set of pages below `pages`.
     pub(crate) fn new(pages: usize) -> Self {
-        Self { pages, count: 0, chunks: Vec::new() }
+        Self {
+            pages,
+            count: 0,
+            chunks: Vec::new(),
+        }
     }
 
     /// How many are in it.
@@ -88,7 +92,16 @@ mod tests {
         let pages = CHUNK_PAGES * 3 + 100;
         let mut map = Bitmap::new(pages);
         assert_eq!(map.clear_runs(0, pages), [(0, pages)]);
-        for page in [0, 1, 63, 64, CHUNK_PAGES, CHUNK_PAGES * 2 + 5, pages - 1, pages] {
+        for page in [
+            0,
+            1,
+            63,
+            64,
+            CHUNK_PAGES,
+            CHUNK_PAGES * 2 + 5,
+            pages - 1,
+            pages,
+        ] {
             map.set(page);
         }
         assert_eq!(map.count(), 7);

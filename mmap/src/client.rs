@@ -38,7 +38,10 @@ pub struct ConnectOptions {
 impl ConnectOptions {
     /// Options with a name.
     pub fn named(name: impl Into<String>) -> Self {
-        Self { name: name.into(), ..Self::default() }
+        Self {
+            name: name.into(),
+            ..Self::default()
+        }
     }
 }
 
@@ -100,7 +103,9 @@ pub struct Client {
 
 impl fmt::Debug for Client {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Client").field("welcome", self.welcome()).finish_non_exhaustive()
+        f.debug_struct("Client")
+            .field("welcome", self.welcome())
+            .finish_non_exhaustive()
     }
 }
 
@@ -108,7 +113,9 @@ impl Client {
     /// Begins a session with the daemon that listens at `socket`.
     pub fn connect(socket: &Path, options: &ConnectOptions) -> Result<Self> {
         let shared = crate::connect::connect(socket, options)?;
-        Ok(Self { handle: Arc::new(ClientHandle { shared }) })
+        Ok(Self {
+            handle: Arc::new(ClientHandle { shared }),
+        })
     }
 
     pub(crate) fn shared(&self) -> &Arc<Shared> {
@@ -144,11 +151,15 @@ impl Client {
 
     /// Uses an export.
     pub fn attach(&self, name: &str) -> Result<Export> {
-        let answer = self.shared().session.call(&Request::Attach { export: name.as_bytes() })?;
+        let answer = self.shared().session.call(&Request::Attach {
+            export: name.as_bytes(),
+        })?;
         match answer.reply()? {
-            Reply::Attached { root, attr, mode } => {
-                Ok(Export::new(name.to_owned(), mode, Node::new(self.clone(), root, attr)))
-            }
+            Reply::Attached { root, attr, mode } => Ok(Export::new(
+                name.to_owned(),
+                mode,
+                Node::new(self.clone(), root, attr),
+            )),
             other => Err(unexpected("Attached", &other)),
         }
     }

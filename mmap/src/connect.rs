@@ -91,7 +91,12 @@ pub(crate) fn connect(socket: &Path, options: &ConnectOptions) -> Result<Arc<Sha
             invalidate_deadline_ms,
             handles_max,
             files_max,
-            flags: WelcomeFlags { forced_revoke, read_only_enforced, userfaultfd: _ },
+            flags:
+                WelcomeFlags {
+                    forced_revoke,
+                    read_only_enforced,
+                    userfaultfd: _,
+                },
             name,
         } => Welcome {
             dom,
@@ -122,10 +127,12 @@ pub(crate) fn connect(socket: &Path, options: &ConnectOptions) -> Result<Arc<Sha
         .spawn(move || pager.run())
         .map_err(sys("starting the pager thread"))?;
     let worker = Arc::clone(&shared);
-    let started = std::thread::Builder::new().name("copage-worker".into()).spawn({
-        let finished = Arc::clone(&finished);
-        move || worker::run(&worker, &todo, &finished)
-    });
+    let started = std::thread::Builder::new()
+        .name("copage-worker".into())
+        .spawn({
+            let finished = Arc::clone(&finished);
+            move || worker::run(&worker, &todo, &finished)
+        });
     if let Err(e) = started {
         shared.session.lose(LostWhy::Closed);
         finished.store(true, std::sync::atomic::Ordering::Release);

@@ -131,7 +131,10 @@ impl MmapError {
 
     /// The error of a system call that has just failed.
     pub(crate) fn sys(call: &'static str, error: &io::Error) -> Self {
-        Self::Sys { call, errno: error.raw_os_error().unwrap_or(libc::EIO) }
+        Self::Sys {
+            call,
+            errno: error.raw_os_error().unwrap_or(libc::EIO),
+        }
     }
 }
 
@@ -162,9 +165,16 @@ mod tests {
 
     #[test]
     fn errors_keep_their_numbers() {
-        let refused = MmapError::Refused { errno: libc::EDQUOT, text: "too many".into() };
+        let refused = MmapError::Refused {
+            errno: libc::EDQUOT,
+            text: "too many".into(),
+        };
         assert_eq!(refused.errno(), libc::EDQUOT);
-        let io: io::Error = MmapError::Path { errno: libc::ENOENT, text: "/x".into() }.into();
+        let io: io::Error = MmapError::Path {
+            errno: libc::ENOENT,
+            text: "/x".into(),
+        }
+        .into();
         assert_eq!(io.kind(), io::ErrorKind::NotFound);
         assert_eq!(MmapError::Lost(LostWhy::HungUp).errno(), libc::ENOTCONN);
     }

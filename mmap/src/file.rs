@@ -81,12 +81,28 @@ impl fmt::Debug for File {
 impl File {
     pub(crate) fn open(node: &Node, how: OpenHow) -> Result<Self> {
         let client = node.client().clone();
-        let request = Request::Open { node: node.handle(), how };
+        let request = Request::Open {
+            node: node.handle(),
+            how,
+        };
         let answer = client.shared().session.call(&request)?;
         let (token, content, flags) = match answer.reply()? {
-            Reply::Opened { file, generation, version, bytes, flags } => {
-                (file, Content { generation, version, bytes, home: None }, flags)
-            }
+            Reply::Opened {
+                file,
+                generation,
+                version,
+                bytes,
+                flags,
+            } => (
+                file,
+                Content {
+                    generation,
+                    version,
+                    bytes,
+                    home: None,
+                },
+                flags,
+            ),
             other => return Err(unexpected("Opened", &other)),
         };
         let home = answer.fd.map(Arc::new);
@@ -108,10 +124,14 @@ impl File {
         client.shared().remember_file(token, &file.inner);
         let has_home = file.inner.content.lock().home.is_some();
         if how != OpenHow::Read && !has_home {
-            return Err(MmapError::Protocol("an open for mapping came without descriptor".into()));
+            return Err(MmapError::Protocol(
+                "an open for mapping came without descriptor".into(),
+            ));
         }
         if how == OpenHow::Pin && !flags.pinned {
-            return Err(MmapError::Protocol("a pinning open came without the pin".into()));
+            return Err(MmapError::Protocol(
+                "a pinning open came without the pin".into(),
+            ));
         }
         Ok(file)
     }
@@ -146,7 +166,8 @@ impl File {
 
     /// The content that this session sees: rises when the host changes the file.
     pub fn generation(&self) -> Generation {
-        self.known().map_or(Generation(0), |content| content.generation)
+        self.known()
+            .map_or(Generation(0), |content| content.generation)
     }
 
     /// The version of that content.
@@ -178,7 +199,9 @@ impl File {
         let mut done = 0;
         while done < buf.len() {
             let rest = &mut buf[done..];
-            let Some(at) = offset.checked_add(done as u64) else { break };
+            let Some(at) = offset.checked_add(done as u64) else {
+                break;
+            };
             let wanted = rest.len().min(DATA_BYTES_MAX as usize);
             let request = Request::Read {
                 file: self.inner.token,
@@ -193,7 +216,9 @@ impl File {
                     data.len()
                 }
                 Reply::Bytes { .. } => {
-                    return Err(MmapError::Protocol("more bytes came than were asked for".into()));
+                    return Err(MmapError::Protocol(
+                        "more bytes came than were asked for".into(),
+                    ));
                 }
                 other => return Err(unexpected("Bytes", &other)),
             };
@@ -234,8 +259,9 @@ impl File {
             return Ok(());
         }
         self.inner.closed.store(true, Ordering::Relaxed);
-        let answer =
-            self.inner.client.shared().session.call(&Request::Close { file: self.inner.token })?;
+        let answer = self.inner.client.shared().session.call(&Request::Close {
+            file: self.inner.token,
+        })?;
         match answer.reply()? {
             Reply::Done => Ok(()),
             other => Err(unexpected("Done", &other)),

@@ -4,8 +4,8 @@
 //! found by name; [`Node::open`] gives a [`File`], [`File::map`] a [`Mapping`]: plain memory whose
 //! pages are the daemon's frames. What a mapping promises, and when it is SIGBUS, is written there.
 
-mod bitmap;
 pub mod bare;
+mod bitmap;
 mod client;
 mod connect;
 mod error;
@@ -35,8 +35,8 @@ pub use error::{LostWhy, MmapError, Result};
 pub use export::{Export, ExportMode};
 pub use file::File;
 pub use mapping::{MapKind, MapOptions, Mapping, PageError};
-pub use walk::{Found, LINKS_MAX, LastLink};
 pub use node::{DirPage, Entry, Node};
+pub use walk::{Found, LINKS_MAX, LastLink};
 
 /// The types of messages that the guest's side shows.
 pub use copage_coherence::msg::{Attr, FileKind, Handle, OpenHow, StatFs};

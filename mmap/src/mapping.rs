@@ -48,13 +48,20 @@ impl MapOptions {
 
     /// The whole file, with stores of one's own.
     pub fn private() -> Self {
-        Self { kind: MapKind::Private, ..Self::default() }
+        Self {
+            kind: MapKind::Private,
+            ..Self::default()
+        }
     }
 
     /// `len` bytes from `offset`, which is a multiple of the page size.
     #[must_use]
     pub fn range(self, offset: u64, len: u64) -> Self {
-        Self { offset, len: Some(len), ..self }
+        Self {
+            offset,
+            len: Some(len),
+            ..self
+        }
     }
 }
 
@@ -111,23 +118,30 @@ impl fmt::Debug for Mapping {
 fn check_range(options: &MapOptions, file_bytes: u64) -> Result<(usize, usize)> {
     let invalid = |text: String| Err(MmapError::Invalid(text));
     let offset = options.offset;
-    if offset % PAGE_SIZE_U64 != 0 {
+    if !offset.is_multiple_of(PAGE_SIZE_U64) {
         return invalid(format!("offset {offset} is not a multiple of {PAGE_SIZE}"));
     }
     let Some(len) = options.len.or_else(|| file_bytes.checked_sub(offset)) else {
-        return invalid(format!("offset {offset} is past the end of the file, {file_bytes}"));
+        return invalid(format!(
+            "offset {offset} is past the end of the file, {file_bytes}"
+        ));
     };
     if len == 0 {
         return invalid("nothing to map: the range is empty".into());
     }
     // loff_t is signed; the last page must be addressable too.
-    let end = offset.checked_add(len).filter(|&end| end <= i64::MAX as u64 - PAGE_SIZE_U64);
-    let too_long = || MmapError::Invalid(format!("{len} bytes from {offset} are no range of a file"));
+    let end = offset
+        .checked_add(len)
+        .filter(|&end| end <= i64::MAX as u64 - PAGE_SIZE_U64);
+    let too_long =
+        || MmapError::Invalid(format!("{len} bytes from {offset} are no range of a file"));
     if end.is_none() {
         return Err(too_long());
     }
     let bytes = usize::try_from(len).map_err(|_| too_long())?;
-    let whole = bytes.checked_next_multiple_of(PAGE_SIZE).ok_or_else(too_long)?;
+    let whole = bytes
+        .checked_next_multiple_of(PAGE_SIZE)
+        .ok_or_else(too_long)?;
     Ok((bytes, whole))
 }
 
@@ -141,7 +155,9 @@ impl Mapping {
         }
         let inner = file.inner();
         if inner.how() != OpenHow::Map {
-            return Err(MmapError::Access("the file was not opened with OpenHow::Map".into()));
+            return Err(MmapError::Access(
+                "the file was not opened with OpenHow::Map".into(),
+            ));
         }
         if options.kind == MapKind::Shared && options.writable {
             return Err(MmapError::Access(
@@ -159,7 +175,11 @@ impl Mapping {
         loop {
             let content = inner.content.lock().clone();
             let (len, bytes) = check_range(options, content.bytes)?;
-            let align = if bytes >= HUGE_BYTES { HUGE_BYTES } else { PAGE_SIZE };
+            let align = if bytes >= HUGE_BYTES {
+                HUGE_BYTES
+            } else {
+                PAGE_SIZE
+            };
             let region = fresh(uffd, &content, options.offset, bytes, options.kind, align)?;
             let generation = content.generation;
             let mapped = Arc::new(Mapped::new(
@@ -182,7 +202,11 @@ impl Mapping {
                 mapped.unmap(shared);
                 return Err(shared.session.lost_error());
             }
-            return Ok(Self { client, mapped, len });
+            return Ok(Self {
+                client,
+                mapped,
+                len,
+            });
         }
     }
 
@@ -194,7 +218,9 @@ impl Mapping {
     /// Counts a page as stored to although it is not.
     #[cfg(test)]
     pub(crate) fn mark_private_for_tests(&self, page: usize) {
-        self.mapped.make_private(self.client.shared(), page, page + 1).unwrap();
+        self.mapped
+            .make_private(self.client.shared(), page, page + 1)
+            .unwrap();
     }
 
     /// The first byte. Reading is allowed for [`Mapping::len`] bytes as [`Mapping`] says, storing
@@ -294,7 +320,10 @@ impl Mapping {
     /// were taken back in between.
     fn bring_window(&self, first: usize, end: usize, write: bool) -> Result<()> {
         let shared = self.client.shared();
-        let mut last = MmapError::Sys { call: "madvise(MADV_POPULATE)", errno: libc::EAGAIN };
+        let mut last = MmapError::Sys {
+            call: "madvise(MADV_POPULATE)",
+            errno: libc::EAGAIN,
+        };
         for _ in 0..POPULATE_TRIES_MAX {
             self.ask(first, end)?;
             if write {
@@ -339,7 +368,10 @@ impl Mapping {
             let request = Request::Fault {
                 file: file.token,
                 generation,
-                range: PageRange { first: PageIndex(page), count: (end - at) as u32 },
+                range: PageRange {
+                    first: PageIndex(page),
+                    count: (end - at) as u32,
+                },
                 hint: FaultHint::Populate,
             };
             let answer = shared.session.call(&request)?;
@@ -351,7 +383,11 @@ impl Mapping {
                     }
                     at += ((granted - page) as usize).min(end - at);
                 }
-                Reply::Stale { generation: newest, version, bytes } => {
+                Reply::Stale {
+                    generation: newest,
+                    version,
+                    bytes,
+                } => {
                     stales += 1;
                     if newest <= generation || stales > POPULATE_TRIES_MAX {
                         return Err(MmapError::Protocol("stale without a newer content".into()));
@@ -369,7 +405,11 @@ impl Mapping {
                             home: Some(Arc::new(fd)),
                         },
                     );
-                    if let Some(PageError { offset: None, error }) = self.mapped.last_error() {
+                    if let Some(PageError {
+                        offset: None,
+                        error,
+                    }) = self.mapped.last_error()
+                    {
                         return Err(error);
                     }
                     at = first;

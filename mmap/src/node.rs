@@ -19,7 +19,10 @@ struct NodeInner {
 impl Drop for NodeInner {
     fn drop(&mut self) {
         // One reply gave one reference; it goes back without waiting.
-        self.client.shared().session.post(&Request::Forget { node: self.handle, count: 1 });
+        self.client.shared().session.post(&Request::Forget {
+            node: self.handle,
+            count: 1,
+        });
     }
 }
 
@@ -32,7 +35,9 @@ pub struct Node {
 
 impl fmt::Debug for Node {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Node").field("handle", &self.inner.handle).finish_non_exhaustive()
+        f.debug_struct("Node")
+            .field("handle", &self.inner.handle)
+            .finish_non_exhaustive()
     }
 }
 
@@ -63,7 +68,13 @@ pub struct DirPage {
 impl Node {
     /// Takes over one reference to `handle`.
     pub(crate) fn new(client: Client, handle: Handle, attr: Attr) -> Self {
-        Self { inner: Arc::new(NodeInner { client, handle, attr }) }
+        Self {
+            inner: Arc::new(NodeInner {
+                client,
+                handle,
+                attr,
+            }),
+        }
     }
 
     /// The session.
@@ -100,24 +111,44 @@ impl Node {
     pub fn lookup(&self, name: &[u8]) -> Result<Self> {
         if name.len() > NAME_BYTES_MAX {
             let text = format!("a name of {} bytes", name.len());
-            return Err(MmapError::Path { errno: libc::ENAMETOOLONG, text });
+            return Err(MmapError::Path {
+                errno: libc::ENAMETOOLONG,
+                text,
+            });
         }
-        if name.is_empty() || name == b"." || name == b".." || name.iter().any(|b| b"/\0".contains(b)) {
+        if name.is_empty()
+            || name == b"."
+            || name == b".."
+            || name.iter().any(|b| b"/\0".contains(b))
+        {
             let name = String::from_utf8_lossy(name);
-            return Err(MmapError::Invalid(format!("{name:?} is not the name of one entry")));
+            return Err(MmapError::Invalid(format!(
+                "{name:?} is not the name of one entry"
+            )));
         }
-        self.call(&Request::Lookup { parent: self.inner.handle, name }, |reply| match reply {
-            Reply::Entry { node, attr } => Ok(Self::new(self.inner.client.clone(), node, attr)),
-            other => Err(unexpected("Entry", &other)),
-        })
+        self.call(
+            &Request::Lookup {
+                parent: self.inner.handle,
+                name,
+            },
+            |reply| match reply {
+                Reply::Entry { node, attr } => Ok(Self::new(self.inner.client.clone(), node, attr)),
+                other => Err(unexpected("Entry", &other)),
+            },
+        )
     }
 
     /// Its attributes now.
     pub fn attr(&self) -> Result<Attr> {
-        self.call(&Request::Getattr { node: self.inner.handle }, |reply| match reply {
-            Reply::Attr { attr } => Ok(attr),
-            other => Err(unexpected("Attr", &other)),
-        })
+        self.call(
+            &Request::Getattr {
+                node: self.inner.handle,
+            },
+            |reply| match reply {
+                Reply::Attr { attr } => Ok(attr),
+                other => Err(unexpected("Attr", &other)),
+            },
+        )
     }
 
     fn bytes(&self, request: &Request<'_>) -> Result<Vec<u8>> {
@@ -129,26 +160,42 @@ impl Node {
 
     /// Where this symbolic link points.
     pub fn readlink(&self) -> Result<Vec<u8>> {
-        self.bytes(&Request::Readlink { node: self.inner.handle })
+        self.bytes(&Request::Readlink {
+            node: self.inner.handle,
+        })
     }
 
     /// The value of one extended attribute.
     pub fn getxattr(&self, name: &[u8]) -> Result<Vec<u8>> {
-        self.bytes(&Request::Getxattr { node: self.inner.handle, name })
+        self.bytes(&Request::Getxattr {
+            node: self.inner.handle,
+            name,
+        })
     }
 
     /// The names of the extended attributes.
     pub fn listxattr(&self) -> Result<Vec<Vec<u8>>> {
-        let names = self.bytes(&Request::Listxattr { node: self.inner.handle })?;
-        Ok(names.split(|&b| b == 0).filter(|n| !n.is_empty()).map(<[u8]>::to_vec).collect())
+        let names = self.bytes(&Request::Listxattr {
+            node: self.inner.handle,
+        })?;
+        Ok(names
+            .split(|&b| b == 0)
+            .filter(|n| !n.is_empty())
+            .map(<[u8]>::to_vec)
+            .collect())
     }
 
     /// Sizes and quotas of the export.
     pub fn statfs(&self) -> Result<StatFs> {
-        self.call(&Request::Statfs { node: self.inner.handle }, |reply| match reply {
-            Reply::StatFs(statfs) => Ok(statfs),
-            other => Err(unexpected("StatFs", &other)),
-        })
+        self.call(
+            &Request::Statfs {
+                node: self.inner.handle,
+            },
+            |reply| match reply {
+                Reply::StatFs(statfs) => Ok(statfs),
+                other => Err(unexpected("StatFs", &other)),
+            },
+        )
     }
 
     /// Some entries of this directory, behind `cookie` (0: from the start), at most `bytes_max`
@@ -163,7 +210,10 @@ impl Node {
         self.call(&request, |reply| match reply {
             Reply::Dir { end, entries } => {
                 // Nodes are made before any error is returned, so that none leaks.
-                let mut page = DirPage { entries: Vec::new(), end };
+                let mut page = DirPage {
+                    entries: Vec::new(),
+                    end,
+                };
                 for entry in DirReader::new(entries) {
                     let entry = entry?;
                     page.entries.push(Entry {
@@ -188,9 +238,15 @@ impl Node {
         let mut cookie = 0;
         loop {
             let page = self.readdir_page(cookie, DATA_BYTES_MAX, false)?;
-            let Some(last) = page.entries.last() else { break };
+            let Some(last) = page.entries.last() else {
+                break;
+            };
             cookie = last.cookie;
-            all.extend(page.entries.into_iter().filter(|e| e.name != b"." && e.name != b".."));
+            all.extend(
+                page.entries
+                    .into_iter()
+                    .filter(|e| e.name != b"." && e.name != b".."),
+            );
             if page.end {
                 break;
             }

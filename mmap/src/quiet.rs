@@ -26,7 +26,10 @@ pub(crate) struct Quiet {
 impl Quiet {
     pub(crate) fn new() -> Self {
         if QUIET.replace(true) {
-            return Self { before: None, thread: PhantomData };
+            return Self {
+                before: None,
+                thread: PhantomData,
+            };
         }
         let mut all = MaybeUninit::<libc::sigset_t>::uninit();
         // SAFETY: sigfillset(3) initialises the set it is given.
@@ -36,7 +39,10 @@ impl Quiet {
         unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr()) };
         // SAFETY: pthread_sigmask(3) fails for an unknown `how` only, so it wrote the old mask.
         let before = unsafe { before.assume_init() };
-        Self { before: Some(before), thread: PhantomData }
+        Self {
+            before: Some(before),
+            thread: PhantomData,
+        }
     }
 
     /// Blocks signals for the rest of this thread's life, and of threads it starts.
@@ -73,13 +79,19 @@ impl<T> Leaf<T> {
 
     pub(crate) fn lock(&self) -> LeafGuard<'_, T> {
         let quiet = Quiet::new();
-        LeafGuard { guard: self.0.lock(), _quiet: quiet }
+        LeafGuard {
+            guard: self.0.lock(),
+            _quiet: quiet,
+        }
     }
 
     pub(crate) fn try_lock(&self) -> Option<LeafGuard<'_, T>> {
         let quiet = Quiet::new();
         let guard = self.0.try_lock()?;
-        Some(LeafGuard { guard, _quiet: quiet })
+        Some(LeafGuard {
+            guard,
+            _quiet: quiet,
+        })
     }
 }
 

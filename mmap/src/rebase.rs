@@ -22,7 +22,13 @@ pub(crate) fn rebase(shared: &Shared, file: &Arc<FileInner>, content: Content) {
     }
     // What is pinned stays mapped, by whomever has its descriptor, until it is closed.
     if let Some(older) = older.filter(|_| file.how() != OpenHow::Pin) {
-        unmapped(shared, file.token, older.generation, 0, pages_for(older.bytes));
+        unmapped(
+            shared,
+            file.token,
+            older.generation,
+            0,
+            pages_for(older.bytes),
+        );
     }
 }
 
@@ -38,8 +44,15 @@ pub(crate) fn unmapped(
     let end = first.saturating_add(pages);
     while at < end {
         let count = u32::try_from(end - at).unwrap_or(u32::MAX);
-        let range = PageRange { first: PageIndex(at), count };
-        shared.session.post(&Request::Unmapped { file, generation, range });
+        let range = PageRange {
+            first: PageIndex(at),
+            count,
+        };
+        shared.session.post(&Request::Unmapped {
+            file,
+            generation,
+            range,
+        });
         at += u64::from(count);
     }
 }

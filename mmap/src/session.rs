@@ -74,7 +74,9 @@ impl Shared {
 
     /// The userfaultfd, or the error that says why there is none.
     pub(crate) fn uffd(&self) -> Result<&Uffd> {
-        self.uffd.as_ref().map_err(|why| MmapError::NoUserfaultfd(why.clone()))
+        self.uffd
+            .as_ref()
+            .map_err(|why| MmapError::NoUserfaultfd(why.clone()))
     }
 }
 
@@ -93,9 +95,10 @@ impl Answer {
     pub(crate) fn reply(&self) -> Result<Reply<'_>> {
         let frame: Frame<'_> = decode_header(&self.bytes)?;
         match Reply::decode(&frame)? {
-            Reply::Error { errno, text } => {
-                Err(MmapError::Refused { errno, text: String::from_utf8_lossy(text).into_owned() })
-            }
+            Reply::Error { errno, text } => Err(MmapError::Refused {
+                errno,
+                text: String::from_utf8_lossy(text).into_owned(),
+            }),
             reply => Ok(reply),
         }
     }
@@ -150,7 +153,11 @@ impl Session {
     /// Fails in a forked child. Checked before any lock: a lock may have been held by another
     /// thread at the fork, and nobody would ever release it here.
     pub(crate) fn check_process(&self) -> Result<()> {
-        if process_id() == self.pid { Ok(()) } else { Err(MmapError::Forked) }
+        if process_id() == self.pid {
+            Ok(())
+        } else {
+            Err(MmapError::Forked)
+        }
     }
 
     /// A number no request had.
@@ -185,7 +192,10 @@ impl Session {
             return;
         }
         let mut bytes = Vec::new();
-        if request.encode(self.number(), self.epoch, &mut bytes).is_ok() {
+        if request
+            .encode(self.number(), self.epoch, &mut bytes)
+            .is_ok()
+        {
             self.send(&bytes);
         }
     }
@@ -214,7 +224,10 @@ impl Session {
     pub(crate) fn flush(&self) -> bool {
         let mut outbound = self.outbound.lock();
         while let Some(bytes) = outbound.front() {
-            if matches!(self.channel.try_send(bytes, None), Err(ChannelError::WouldBlock)) {
+            if matches!(
+                self.channel.try_send(bytes, None),
+                Err(ChannelError::WouldBlock)
+            ) {
                 return true;
             }
             outbound.pop_front();

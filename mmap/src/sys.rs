@@ -23,7 +23,10 @@ pub(crate) struct EventFd(OwnedFd);
 
 impl EventFd {
     pub(crate) fn new() -> io::Result<Self> {
-        Ok(Self(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?))
+        Ok(Self(eventfd(
+            0,
+            EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK,
+        )?))
     }
 
     /// Makes it readable. It cannot fail but by being full, and then it is readable.
@@ -88,7 +91,7 @@ impl Region {
         protection: Protection,
         align: usize,
     ) -> io::Result<Self> {
-        debug_assert!(bytes != 0 && bytes % PAGE_SIZE == 0 && align.is_power_of_two());
+        debug_assert!(bytes != 0 && bytes.is_multiple_of(PAGE_SIZE) && align.is_power_of_two());
         let slack = align.saturating_sub(PAGE_SIZE);
         let too_large = || io::Error::from_raw_os_error(libc::ENOMEM);
         let wanted = bytes.checked_add(slack).ok_or_else(too_large)?;
@@ -97,7 +100,10 @@ impl Region {
         let start = unsafe {
             rustix::mm::mmap_anonymous(std::ptr::null_mut(), wanted, ProtFlags::empty(), flags)
         }?;
-        let reserve = Self { addr: start.expose_provenance(), bytes: wanted };
+        let reserve = Self {
+            addr: start.expose_provenance(),
+            bytes: wanted,
+        };
         // How far the start must move up so that address and offset agree modulo `align`.
         // Truncation of the offset keeps it right modulo a power of two.
         let ahead = (offset as usize).wrapping_sub(reserve.addr) & (align - 1);
@@ -131,8 +137,14 @@ impl Region {
     /// The first `bytes` and the rest; each may be empty.
     pub(crate) fn split(self, bytes: usize) -> (Self, Self) {
         let bytes = bytes.min(self.bytes);
-        let front = Self { addr: self.addr, bytes };
-        let back = Self { addr: self.addr + bytes, bytes: self.bytes - bytes };
+        let front = Self {
+            addr: self.addr,
+            bytes,
+        };
+        let back = Self {
+            addr: self.addr + bytes,
+            bytes: self.bytes - bytes,
+        };
         // The two own it now.
         std::mem::forget(self);
         (front, back)
@@ -141,8 +153,8 @@ impl Region {
     fn check(&self, at: usize, bytes: usize) -> io::Result<usize> {
         let end = at.checked_add(bytes);
         if bytes == 0
-            || at % PAGE_SIZE != 0
-            || bytes % PAGE_SIZE != 0
+            || !at.is_multiple_of(PAGE_SIZE)
+            || !bytes.is_multiple_of(PAGE_SIZE)
             || end.is_none_or(|end| end > self.bytes)
         {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
@@ -241,7 +253,11 @@ impl Region {
 /// Maps pages that are there, `write`: as copies of one's own. Needs Linux 5.14 (else EINVAL). A
 /// hole waits for the pager; with a userfaultfd of user mode only it is EFAULT.
 pub(crate) fn populate(addr: usize, bytes: usize, write: bool) -> io::Result<()> {
-    let advice = if write { Advice::LinuxPopulateWrite } else { Advice::LinuxPopulateRead };
+    let advice = if write {
+        Advice::LinuxPopulateWrite
+    } else {
+        Advice::LinuxPopulateRead
+    };
     // SAFETY: populating faults pages in as an access would and changes no byte; where nothing is
     // mapped it is an error.
     unsafe { rustix::mm::madvise(pointer(addr), bytes, advice) }?;

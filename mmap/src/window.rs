@@ -64,11 +64,19 @@ impl Windows {
                 let aligned = (page + u64::from(pages)) / u64::from(pages) * u64::from(pages);
                 // `aligned` is above `page` by at most `pages`.
                 let count = (aligned.min(end.max(page + 1)) - page) as u32;
-                *stream = Stream { next: page + u64::from(count), pages, used };
+                *stream = Stream {
+                    next: page + u64::from(count),
+                    pages,
+                    used,
+                };
                 (count, FaultHint::Sequential)
             }
             None => {
-                let stream = Stream { next: page + 1, pages: 1, used };
+                let stream = Stream {
+                    next: page + 1,
+                    pages: 1,
+                    used,
+                };
                 if self.streams.len() < STREAMS_MAX {
                     self.streams.push(stream);
                 } else if let Some(oldest) = self.streams.iter_mut().min_by_key(|s| s.used) {
@@ -77,7 +85,11 @@ impl Windows {
                 (1, FaultHint::Random)
             }
         };
-        Window { first: page, count: pages, hint }
+        Window {
+            first: page,
+            count: pages,
+            hint,
+        }
     }
 }
 
@@ -108,7 +120,9 @@ mod tests {
         let mut windows = Windows::default();
         let mut x = 1u64;
         for _ in 0..1000 {
-            x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            x = x
+                .wrapping_mul(6364136223846793005)
+                .wrapping_add(1442695040888963407);
             let page = (x >> 34) * 1000;
             assert_eq!(windows.choose(page, u64::MAX).count, 1);
         }
@@ -122,10 +136,15 @@ mod tests {
         let mut windows = Windows::default();
         let (mut x, mut asked) = (1u64, 0);
         for _ in 0..20_000 {
-            x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            x = x
+                .wrapping_mul(6364136223846793005)
+                .wrapping_add(1442695040888963407);
             asked += u64::from(windows.choose((x >> 33) % PAGES, PAGES).count);
         }
-        assert!(asked < 20_000 * 3 / 2, "{asked} pages asked for by 20000 faults");
+        assert!(
+            asked < 20_000 * 3 / 2,
+            "{asked} pages asked for by 20000 faults"
+        );
     }
 
     #[test]

@@ -460,7 +460,7 @@ fn local_ranges_that_are_no_ranges() {
     let odd = raw.open("export", "odd", OpenHow::Map);
     let empty = raw.open("export", "empty", OpenHow::Map);
     assert_eq!(raw.fault(&odd, 0, 2).map(|(first, _)| first), Ok(0));
-    let last = (i64::MAX as u64) / 4096 - FAULT_PAGES_MAX as u64;
+    let last = (i64::MAX as u64) / 4096 - u64::from(FAULT_PAGES_MAX);
     for (file, first, count) in [
         (&odd, 2, 1),
         (&odd, 100, 1),

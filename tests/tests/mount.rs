@@ -6,8 +6,9 @@
 
 #![allow(
     clippy::unwrap_used,
+    clippy::expect_used,
     clippy::panic,
-    reason = "a test fails by panicking"
+    reason = "a test that cannot go on has failed"
 )]
 
 use copage_grants::PAGE_SIZE;

@@ -157,7 +157,6 @@ fn local_a_guest_of_another_user_reads_and_is_told_that_it_is_contained() {
             &As {
                 uid: Some(OTHER_UID),
                 named: true,
-                ..As::default()
             },
         );
         // Without [[guest]] in the configuration a stranger is its uid whatever it says.

@@ -262,6 +262,8 @@ fn local_a_pinned_file_hears_of_newer_content_and_keeps_its_own() {
     let stat = rustix::fs::fstat(file.descriptor().unwrap()).unwrap();
     assert_eq!(stat.st_size.unsigned_abs(), BYTES);
     fake.wait("nothing said to be unmapped", |s| {
-        !s.seen.iter().any(|seen| matches!(seen, Seen::Unmapped { .. }))
+        !s.seen
+            .iter()
+            .any(|seen| matches!(seen, Seen::Unmapped { .. }))
     });
 }

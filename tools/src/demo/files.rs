@@ -113,7 +113,7 @@ fn candidate(root: &Path, path: &Path) -> Option<Chosen> {
             .custom_flags(nonblock)
             .open(&host)
             .is_ok();
-    readable.then(|| Chosen {
+    readable.then_some(Chosen {
         path: below,
         bytes: meta.len(),
         host,

@@ -294,7 +294,7 @@ fn local_a_guest_that_never_reads_is_fenced() {
     let mut sent = 0u64;
     // It asks, and renews, and never reads an answer.
     let ended = loop {
-        let request = if sent % 10 == 0 {
+        let request = if sent.is_multiple_of(10) {
             Request::Renew
         } else {
             Request::Readdir {
