@@ -164,6 +164,8 @@ fn directory(entries: &[u8]) {
     for entry in DirReader::new(entries) {
         match entry {
             Ok(entry) => {
+                let one_name = !entry.name.iter().any(|&b| b == b'/' || b == 0);
+                assert!(one_name, "a name that leads elsewhere");
                 let fits = writer
                     .push(&entry)
                     .expect("what was understood can be said");
