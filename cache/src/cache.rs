@@ -190,6 +190,10 @@ impl Cache {
             .home_of(generation)
             .filter(|h| newest || h.is_pinned() && h.exposed)
             .ok_or(CacheError::GenerationGone(generation))?;
+        if home.exposed {
+            // Its pages stay as long as anybody has it: programs may run from it.
+            self.backend.make_runnable(home.id)?;
+        }
         Ok(self.backend.home_descriptor(home.id)?)
     }
 

@@ -72,10 +72,10 @@ impl Cache {
         }
         loop {
             let group = self.exports.group(node.export)?;
-            let class = if how == OpenHow::Map {
-                who.class
-            } else {
-                TrustClass::OWN
+            let class = match how {
+                OpenHow::Map => who.class,
+                OpenHow::Pin if who.class != TrustClass::OWN => TrustClass::PINNED,
+                OpenHow::Pin | OpenHow::Read => TrustClass::OWN,
             };
             let key = FileKey {
                 group,

@@ -117,6 +117,11 @@ pub trait Backend: Send + Sync {
     /// nobody. For capability `descriptors`; else [`GrantError::Unsupported`].
     fn home_descriptor(&self, home: HomeId) -> Result<OwnedFd, GrantError>;
 
+    /// Lets programs run from the home, all of whose pages are there, from now until
+    /// [`Self::home_in_use`] says that it is not in use. While one runs, nothing can be taken out of
+    /// the home: only for homes that stay whole as long as they are in use.
+    fn make_runnable(&self, home: HomeId) -> Result<(), GrantError>;
+
     /// Does anybody but the daemon have the home open or mapped by a plain descriptor? The
     /// kernel's own answer. `true` where it cannot be told.
     fn home_in_use(&self, home: HomeId) -> Result<bool, GrantError>;

@@ -212,6 +212,10 @@ impl Backend for FailingBackend {
         self.inner.home_descriptor(home)
     }
 
+    fn make_runnable(&self, home: HomeId) -> Result<(), GrantError> {
+        self.inner.make_runnable(home)
+    }
+
     fn home_in_use(&self, home: HomeId) -> Result<bool, GrantError> {
         self.inner.home_in_use(home)
     }

@@ -74,6 +74,10 @@ pub struct TrustClass(pub u32);
 impl TrustClass {
     /// The daemon's own, and the only one where a hypervisor keeps guests apart.
     pub const OWN: Self = Self(0);
+    /// Homes that guests of several users are given, each time when no page is missing. Nobody maps
+    /// them with a fault handler, since who has had a descriptor may have kept a way back to the
+    /// file. (local: no user has the number -1.)
+    pub const PINNED: Self = Self(u32::MAX);
 }
 
 /// One grant table. Xen: one for each cache domain. local: one.

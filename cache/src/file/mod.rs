@@ -27,8 +27,10 @@ pub struct FileId(pub u64);
 pub(crate) struct FileKey {
     /// The share group.
     pub group: u32,
-    /// Who gets descriptors while there are holes. Files that are pinned or only read are of
-    /// [`TrustClass::OWN`], whoever opens them: a descriptor goes out when no hole is left.
+    /// Who gets descriptors while there are holes. Files that are only read are of
+    /// [`TrustClass::OWN`], whoever opens them. What other users pin is of [`TrustClass::PINNED`]: a
+    /// descriptor goes out when no hole is left, but nobody knows that it does not come back when
+    /// there are some again.
     pub class: TrustClass,
     /// The host's device number.
     pub dev: u64,

@@ -55,6 +55,10 @@ impl Backend for LocalBackend {
         self.home(home)?.descriptor()
     }
 
+    fn make_runnable(&self, home: HomeId) -> Result<(), GrantError> {
+        self.home(home)?.make_runnable()
+    }
+
     fn home_in_use(&self, home: HomeId) -> Result<bool, GrantError> {
         self.home(home)?.in_use()
     }

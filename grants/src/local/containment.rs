@@ -216,17 +216,29 @@ fn local_programs_run_from_a_homes_descriptor() {
         let home = backend.open_home(&spec).unwrap();
         backend.store(home, PageIndex(0), &frames, &data).unwrap();
         let fd = backend.home_descriptor(home).unwrap();
-        let users = [
-            None,
-            rustix::process::geteuid().is_root().then_some(GUEST_UID),
-        ];
-        for uid in users {
+        let run = |uid: Option<u32>| {
             let mut command = Command::new(format!("/proc/self/fd/{}", fd.as_raw_fd()));
             if let Some(uid) = uid {
                 command.gid(uid).uid(uid);
             }
-            assert!(command.status().unwrap().success());
+            command.status()
+        };
+        let busy = std::io::ErrorKind::ExecutableFileBusy;
+        assert_eq!(run(None).unwrap_err().kind(), busy, "nobody said it may");
+        backend.make_runnable(home).unwrap();
+        let root = rustix::process::geteuid().is_root();
+        for uid in [None, root.then_some(GUEST_UID)] {
+            assert!(run(uid).unwrap().success());
         }
+        assert!(backend.home_in_use(home).unwrap());
+        assert!(run(None).unwrap().success(), "asking changes nothing");
+        drop(fd);
+        assert!(!backend.home_in_use(home).unwrap());
+        let fd = backend.home_descriptor(home).unwrap();
+        let run = Command::new(format!("/proc/self/fd/{}", fd.as_raw_fd())).status();
+        assert_eq!(run.unwrap_err().kind(), busy, "it was given back");
+        backend.discard(home, PageIndex(0), &frames).unwrap();
+        assert!(backend.make_runnable(home).is_err(), "with holes");
     }
 }
 
@@ -321,6 +333,7 @@ fn local_a_guests_lease_holds_nobody_up() {
         };
         let home = filled_home(&backend);
         let fd = backend.home_descriptor(home).unwrap();
+        backend.make_runnable(home).unwrap();
         let before = std::time::Instant::now();
         crate::sys::set_lease_signal(&fd, libc::SIGURG).unwrap();
         crate::sys::set_lease(&fd, crate::sys::LeaseKind::Write).unwrap();

@@ -3,7 +3,8 @@
 //! Two answers of the kernel rest on who has the inode open, and count the daemon too:
 //!
 //! * a program runs from a file only while nobody has it open for writing (ETXTBSY else), so a file
-//!   whose pages are all there is let go of: [`Handle::rest`];
+//!   that programs are to run from is let go of: [`Handle::rest`]. While one runs it cannot be had
+//!   back, and no page taken out: for others that is never done;
 //! * a write lease is granted only to the one open file there is, so the daemon has at most one at
 //!   any time. A path descriptor does not count and brings the file back when it is written again.
 
@@ -93,8 +94,34 @@ impl Handle {
 
     /// Does anybody else have the file open, mapped or running? Whoever calls sees to it that
     /// nobody uses what `writer` or `reader` gave, and that there is one such call at a time (two
-    /// would take each other's lease away).
+    /// would take each other's lease away). When nobody has it the file is open for writing again.
     pub(super) fn in_use(&self) -> Result<bool, GrantError> {
+        if self.is_shared()? {
+            return Ok(true);
+        }
+        if self.writer.read().is_some() {
+            return Ok(false);
+        }
+        // Whoever kept a path descriptor may have begun to run it since.
+        let shared = match self.writer() {
+            Err(GrantError::Sys { source, .. }) => match source.kind() {
+                io::ErrorKind::ExecutableFileBusy | io::ErrorKind::WouldBlock => Ok(true),
+                _ => Err(GrantError::Sys {
+                    call: "open of a frame file",
+                    source,
+                }),
+            },
+            Err(error) => Err(error),
+            Ok(_) => self.is_shared(),
+        }?;
+        if shared {
+            self.rest();
+        }
+        Ok(shared)
+    }
+
+    /// The kernel's answer for the one open file that we have.
+    fn is_shared(&self) -> Result<bool, GrantError> {
         let lease = |call| move |source| GrantError::Sys { call, source };
         let file = match self.reader() {
             // A lease of somebody else's.

@@ -53,14 +53,20 @@ impl Home {
         self.file.end()
     }
 
-    /// A descriptor for guests. When all pages are there the daemon lets go of the file, so that
-    /// programs can run from it.
+    /// A descriptor for guests.
     pub(super) fn descriptor(&self) -> Result<OwnedFd, GrantError> {
-        let _alone = self.huge.write();
-        if next_hole(&*self.file.reader()?, 0)? >= self.bytes {
-            self.file.rest();
-        }
         self.file.read_only()
+    }
+
+    /// The daemon lets go of the file, so that programs can run from it.
+    pub(super) fn make_runnable(&self) -> Result<(), GrantError> {
+        let _alone = self.huge.write();
+        if next_hole(&*self.file.reader()?, 0)? < self.bytes {
+            let what = "programs run only from a home without holes";
+            return Err(GrantError::BadRange(what.to_owned()));
+        }
+        self.file.rest();
+        Ok(())
     }
 
     /// Does anybody but this process have the file open or mapped? The kernel grants a write lease
