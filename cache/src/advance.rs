@@ -10,7 +10,7 @@ use crate::fill::Job;
 use crate::limits::{FILL_PAGES_MAX, HUGE_PAGES, PIN_TRIES_MAX};
 use copage_grants::{PAGE_SIZE, PAGE_SIZE_U64, PageIndex};
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::Ordering::{AcqRel, Relaxed};
 
 /// How far a waiter came.
 enum Step {
@@ -106,6 +106,11 @@ impl Cache {
         how: OpenHow,
         export: crate::config::ExportId,
     ) -> Step {
+        // It may have waited while the export was removed.
+        if let Err(e) = self.exports.check_live(export) {
+            self.fail(file, inner, waiter, e);
+            return Step::Done;
+        }
         if how != OpenHow::Pin {
             inner.add_open(waiter.who, export, how);
             self.answer_open(file, inner, &waiter, how);
@@ -441,7 +446,14 @@ impl Cache {
     pub(crate) fn kick_parked(&self) {
         let files = std::mem::take(&mut *self.parked.lock());
         for file in files.into_values() {
-            self.push_job(Job::Advance(file));
+            self.push_advance(&file);
+        }
+    }
+
+    /// Has a thread of the pool look at what waits on the file, once however often it is asked for.
+    pub(crate) fn push_advance(&self, file: &Arc<CachedFile>) {
+        if !file.queued.swap(true, AcqRel) {
+            self.push_job(Job::Advance(file.clone()));
         }
     }
 

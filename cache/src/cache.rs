@@ -15,7 +15,7 @@ use crate::report::Counters;
 use crate::tree::Nodes;
 use copage_grants::{Backend, DomId, Version};
 use parking_lot::Mutex;
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap};
 use std::os::fd::{OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
@@ -38,14 +38,14 @@ pub struct Cache {
     pub(crate) fill_pool: Pool<Job>,
     pub(crate) files: Mutex<HashMap<FileKey, Arc<CachedFile>>>,
     pub(crate) frames: Mutex<FrameTable>,
-    /// Files that `tick` looks at.
-    pub(crate) attention: Mutex<HashMap<FileId, Arc<CachedFile>>>,
+    /// Files that `tick` looks at, and when, in ms.
+    pub(crate) attention: Mutex<HashMap<FileId, (Arc<CachedFile>, u64)>>,
     /// Files with requests that wait for frames or grants.
     pub(crate) parked: Mutex<HashMap<FileId, Arc<CachedFile>>>,
     /// When the first of these was put there, in ms.
     pub(crate) parked_ms: AtomicU64,
     /// Files that nobody has open, oldest first.
-    pub(crate) idle: Mutex<VecDeque<(FileKey, u64)>>,
+    pub(crate) idle: Mutex<BTreeMap<u64, FileKey>>,
     /// How many sessions of each domid have ended: an open that began before does not count after.
     pub(crate) lives: Mutex<HashMap<DomId, u64>>,
     /// The guest of each domain that opened anything.
@@ -218,7 +218,8 @@ impl Cache {
             .values()
             .map(|f| (f.id, f.clone()))
             .collect();
-        files.extend(self.attention.lock().iter().map(|(id, f)| (*id, f.clone())));
+        let attention = self.attention.lock();
+        files.extend(attention.iter().map(|(id, (f, _))| (*id, f.clone())));
         files.into_values().collect()
     }
 

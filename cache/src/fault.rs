@@ -5,7 +5,6 @@ use crate::config::Holder;
 use crate::error::CacheError;
 use crate::events::{FaultDone, FaultHint, FaultOutcome};
 use crate::file::{CachedFile, Inner, WaitKind, Waiter};
-use crate::fill::Job;
 use crate::limits::{
     FAULT_PAGES_MAX, FILE_WAITERS_MAX, FILL_PAGES_MAX, HUGE_PAGES, READ_BYTES_MAX,
     READAHEAD_DIVISOR,
@@ -220,6 +219,6 @@ impl Cache {
         inner.waiters.push(waiter);
         self.look_at(file, &inner);
         drop(inner);
-        self.push_job(Job::Advance(file.clone()));
+        self.push_advance(file);
     }
 }

@@ -6,7 +6,9 @@ use crate::error::CacheError;
 use crate::events::{RecallEnd, RecallReason};
 use crate::file::{CachedFile, Home, Inner, each_run};
 use crate::frames::FrameState;
+use crate::limits::HUGE_PAGES;
 use copage_grants::{DomId, FrameNo, PageIndex, Revocation};
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -65,24 +67,34 @@ impl Cache {
         if inner.may_hold_grants(who.dom) || self.backend.grant_count(who.dom) == 0 {
             return;
         }
-        for home in inner.old.iter().chain(&inner.live) {
-            let frames: Vec<FrameNo> = home.index.frames().collect();
-            self.backend.note_unmapped(who.dom, &frames);
-        }
+        self.backend
+            .note_unmapped(who.dom, &self.frames_held(inner, who.dom));
         self.revoke_all_of(inner, who.dom);
     }
 
     /// Tries to revoke all that a domain holds of the file; what is in use is tried again later.
     fn revoke_all_of(&self, inner: &mut Inner, dom: DomId) {
-        let mut all = true;
-        for home in inner.old.iter().chain(&inner.live) {
-            let frames: Vec<FrameNo> = home.index.frames().collect();
-            all &= self.revoke_from(dom, &frames);
-        }
+        let all = self.revoke_from(dom, &self.frames_held(inner, dom));
         inner.lingering.retain(|d| *d != dom);
         if !all {
             inner.lingering.push(dom);
         }
+    }
+
+    /// All frames of the file's homes that a domain holds, and maybe others: at the cost of the fewer
+    /// of what is resident and what the domain holds altogether.
+    fn frames_held(&self, inner: &Inner, dom: DomId) -> Vec<FrameNo> {
+        let homes = || inner.old.iter().chain(&inner.live);
+        let resident: usize = homes().map(|h| h.index.len()).sum();
+        if resident as u64 <= self.backend.grant_count(dom) {
+            return homes().flat_map(|h| h.index.frames()).collect();
+        }
+        let slots: HashSet<u32> = homes().map(|h| h.slot).collect();
+        let mut held = Vec::new();
+        self.backend.oldest_grants(dom, usize::MAX, &mut held);
+        let table = self.frames.lock();
+        held.retain(|frame| slots.contains(&table.place(*frame).0));
+        held
     }
 
     /// Tries again for domains that closed the file and had it mapped still.
@@ -155,7 +167,7 @@ impl Cache {
             self.settle_idle(&file, &mut inner);
             self.look_at(&file, &inner);
             drop(inner);
-            self.push_job(crate::fill::Job::Advance(file));
+            self.push_advance(&file);
         }
         self.kick_parked();
     }
@@ -231,9 +243,7 @@ impl Cache {
             return Vec::new();
         };
         let end = u64::from(first.saturating_add(count)).min(home.pages()) as u32;
-        (first..end)
-            .filter_map(|p| Some((p, home.index.get(p)?)))
-            .collect()
+        home.index.range(first.min(end), end)
     }
 
     /// The guest says that it unmapped pages: its grants of them end, where the table agrees.
@@ -245,6 +255,9 @@ impl Cache {
         first: PageIndex,
         count: u32,
     ) {
+        if self.backend.grant_count(who.dom) == 0 {
+            return;
+        }
         let mut inner = file.inner.lock();
         let Some(home) = inner.home_of(generation) else {
             return;
@@ -269,6 +282,7 @@ impl Cache {
     ) {
         let mut inner = file.inner.lock();
         let is_live = inner.live_of(generation).is_some();
+        let mut done = true;
         if let Some(home) = inner.home_of(generation) {
             let pages = Self::frames_in(home, first, count);
             let frames: Vec<_> = pages.iter().map(|(_, f)| *f).collect();
@@ -276,9 +290,14 @@ impl Cache {
             if end == RecallEnd::Acked {
                 self.revoke_from(dom, &frames);
             }
-            if is_live {
-                self.take_recalled(file, home, &pages);
-            }
+            done = if is_live {
+                self.take_recalled(file, home, &pages)
+            } else {
+                self.take_let_go(file, home, &pages)
+            };
+        }
+        if !done {
+            self.end_if_lost(file, &mut inner);
         }
         if !is_live {
             self.drain_old(file, &mut inner, now_ms());
@@ -289,8 +308,14 @@ impl Cache {
         self.kick_parked();
     }
 
-    /// Gives back the pages of a live home that were recalled and that nobody holds.
-    fn take_recalled(&self, file: &Arc<CachedFile>, home: &mut Home, pages: &[(u32, FrameNo)]) {
+    /// Gives back the pages of a live home that were recalled and that nobody holds. `false`: it
+    /// failed.
+    fn take_recalled(
+        &self,
+        file: &Arc<CachedFile>,
+        home: &mut Home,
+        pages: &[(u32, FrameNo)],
+    ) -> bool {
         let free: Vec<_> = {
             let table = self.frames.lock();
             let asked = home.recalling > 0;
@@ -304,27 +329,60 @@ impl Cache {
                 .collect()
         };
         home.recalling = home.recalling.saturating_sub(pages.len() as u32);
+        self.take_free(file, home, &free, true)
+    }
+
+    /// The same of a home whose generation has ended: what nobody holds is wanted by nobody.
+    fn take_let_go(
+        &self,
+        file: &Arc<CachedFile>,
+        home: &mut Home,
+        pages: &[(u32, FrameNo)],
+    ) -> bool {
+        if home.exposed || home.is_pinned() {
+            return true;
+        }
+        let mut free = pages.to_vec();
+        free.retain(|(_, f)| self.backend.holder_count(*f) == 0);
+        self.take_free(file, home, &free, false)
+    }
+
+    /// Empties frames that nobody holds; `false`: it failed.
+    fn take_free(
+        &self,
+        file: &Arc<CachedFile>,
+        home: &mut Home,
+        free: &[(u32, FrameNo)],
+        remember: bool,
+    ) -> bool {
         let id = home.id;
-        let done = each_run(&free, |first, frames| {
+        for (page, _) in free {
+            home.huge.remove(&(page / HUGE_PAGES));
+        }
+        let done = each_run(free, |first, frames| {
             self.backend.discard(id, PageIndex(first.into()), frames)?;
             let mut table = self.frames.lock();
             for (n, frame) in frames.iter().enumerate() {
                 home.index.remove(first + n as u32);
-                table.release(*frame, file.id.0, true);
+                table.release(*frame, file.id.0, remember);
             }
             let taken = frames.len() as u64;
             self.counters.reclaimed_granted.fetch_add(taken, Relaxed);
             self.counters.reclaim_calls.fetch_add(1, Relaxed);
             Ok::<(), CacheError>(())
         });
-        if let Err(error) = done {
+        if let Err(error) = &done {
             tracing::warn!(%error, "recalled pages could not be given back");
         }
+        done.is_ok()
     }
 
-    /// Looks at the table for recalled pages of a live home whose holders let go without a word, and
+    /// Looks at the table for recalled pages of the live home whose holders let go without a word, and
     /// takes back the recall when it is overdue.
-    pub(crate) fn poll_recalls(&self, file: &Arc<CachedFile>, home: &mut Home) {
+    pub(crate) fn poll_recalls(&self, file: &Arc<CachedFile>, inner: &mut Inner) {
+        let Some(home) = inner.live.as_mut().filter(|h| h.recalling > 0) else {
+            return;
+        };
         let recalled: Vec<_> = {
             let table = self.frames.lock();
             let is = |f| table.state(f) == FrameState::Recalling;
@@ -339,10 +397,13 @@ impl Cache {
         for (_, frame) in &recalled {
             self.revoke_all(*frame, false, &mut holders);
         }
-        self.take_recalled(file, home, &recalled);
+        let done = self.take_recalled(file, home, &recalled);
         home.recalling = recalled
             .iter()
             .filter(|(p, f)| home.index.get(*p) == Some(*f))
             .count() as u32;
+        if !done {
+            self.end_if_lost(file, inner);
+        }
     }
 }

@@ -4,7 +4,7 @@ use crate::cache::{Cache, now_ms};
 use crate::error::CacheError;
 use crate::events::RecallReason;
 use crate::file::{CachedFile, Cookie, Inner, Lease};
-use crate::limits::CHURN_MAX;
+use crate::limits::{CHURN_MAX, HOST_EVENTS_MAX};
 use copage_grants::sys::{self, LeaseKind};
 use parking_lot::Mutex;
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
@@ -88,7 +88,9 @@ impl Cache {
         let mut reader = inotify::Reader::new(&self.watches.fd, &mut buffer);
         let mut touched: HashMap<i32, ReadFlags> = HashMap::new();
         let mut overflow = false;
-        while let Ok(event) = reader.next() {
+        // Bounded, should the host write faster than this reads: what is left is readable still.
+        for _ in 0..HOST_EVENTS_MAX {
+            let Ok(event) = reader.next() else { break };
             overflow |= event.events().contains(ReadFlags::QUEUE_OVERFLOW);
             *touched.entry(event.wd()).or_insert(ReadFlags::empty()) |= event.events();
         }
@@ -96,18 +98,26 @@ impl Cache {
             self.watches
                 .all()
                 .iter()
-                .for_each(|file| self.look_at_host(file, false));
+                .for_each(|file| self.look_at_host(file, ReadFlags::MODIFY));
             return;
         }
         for (watch, events) in touched {
             for file in self.watches.files(watch) {
-                self.look_at_host(&file, events.contains(ReadFlags::ATTRIB));
+                self.look_at_host(&file, events);
             }
         }
     }
 
-    fn look_at_host(&self, file: &Arc<CachedFile>, links_changed: bool) {
+    fn look_at_host(&self, file: &Arc<CachedFile>, events: ReadFlags) {
+        let links_changed = events.contains(ReadFlags::ATTRIB);
         let mut inner = file.inner.lock();
+        // The times change when a write begins, and this comes when it ends: they are no help here.
+        // Under a lease that is older than the generation it tells of what was before.
+        let is_told = inner.live.as_ref().is_some_and(|h| !h.leased);
+        if events.contains(ReadFlags::MODIFY) && is_told && !self.is_put_off(&mut inner) {
+            inner.churn = inner.churn.saturating_add(1);
+            self.retire(file, &mut inner, RecallReason::Changed, now_ms());
+        }
         self.check_host(file, &mut inner);
         // Unlinked, and nobody has it open: nobody can ask for it again.
         if links_changed && inner.is_idle() && file.read_cookie().is_ok_and(|(_, links)| links == 0)
@@ -118,8 +128,15 @@ impl Cache {
         self.look_at(file, &inner);
         drop(inner);
         if waiting {
-            self.push_job(crate::fill::Job::Advance(file.clone()));
+            self.push_advance(file);
         }
+    }
+
+    /// Looks at every lease: when the kernel had no room for signals, some of the breaks were not
+    /// reported.
+    pub fn check_leases(&self) {
+        let all: Vec<RawFd> = self.leases.lock().keys().copied().collect();
+        all.into_iter().for_each(|fd| self.lease_broken(fd));
     }
 
     /// The kernel reports (by the configured signal, `si_fd`) that a host process wants to write a
@@ -173,16 +190,25 @@ impl Cache {
         // Under a lease nobody writes: only names or permissions changed.
         let unwritten = cookie.mtime == inner.cookie.mtime && cookie.bytes == inner.cookie.bytes;
         let calm = inner.lease == Lease::Held && unwritten && !inner.state.host_bounded;
-        // A file that never stands still is served as it is read, once that was established.
-        let hopeless = inner.lease != Lease::Held
-            && inner.churn >= CHURN_MAX
-            && cookie.bytes == inner.cookie.bytes;
-        if calm || hopeless {
-            inner.cookie = cookie;
+        if calm {
             inner.churn = 0;
+        }
+        if calm || cookie.bytes == inner.cookie.bytes && self.is_put_off(inner) {
+            inner.cookie = cookie;
             return false;
         }
         inner.churn = inner.churn.saturating_add(1);
+        true
+    }
+
+    /// A file that never stands still is served as it is read, once that was established: for a
+    /// while, after which the generation ends, whether or not more changes were seen.
+    fn is_put_off(&self, inner: &mut Inner) -> bool {
+        if inner.lease == Lease::Held || inner.churn < CHURN_MAX {
+            return false;
+        }
+        let until_ms = now_ms() + u64::from(self.config.host_settle_ms);
+        inner.doubt_ms.get_or_insert(until_ms);
         true
     }
 

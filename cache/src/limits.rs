@@ -28,6 +28,9 @@ pub const FRAMES_MIN: u32 = 64;
 /// Frames given back in one go when memory is short: few enough that nobody waits long for it, so
 /// many that the search and the locks are paid once for all of them.
 pub const RECLAIM_BATCH: u32 = 64;
+/// Frames asked back of one guest in one go: each may be a question of its own, and who has too many
+/// to answer is taken for dead.
+pub const RECALL_PAGES_MAX: u32 = 512;
 /// Frames the watermark is at most: one fill and one batch.
 pub const WATERMARK_FRAMES_MAX: u32 = 1024;
 /// The watermark is the budget divided by this.
@@ -53,6 +56,15 @@ pub const FILES_IDLE_MAX: usize = 512;
 /// Generations a file may go through by changes seen during its own fills, before such a
 /// host-bounded file's pages are served as they are read.
 pub const CHURN_MAX: u32 = 3;
+/// Notifications of the host's changes taken in one go; the rest is taken the next time.
+pub const HOST_EVENTS_MAX: usize = 4096;
+/// Homes of ended generations of one file above which the next generation waits a little, so that
+/// guests that move on slowly, or never, cannot pile them up (each has two descriptors).
+pub const OLD_HOMES_MAX: usize = 32;
+/// How long the next generation waits then, in ms.
+pub const OLD_HOMES_PAUSE_MS: u64 = 100;
+/// Homes of ended generations of one file above which it is not pinned any more.
+pub const OLD_HOMES_PINNED_MAX: usize = 1024;
 /// While retired homes wait for their users, the kernel is asked about them this often, in ms.
 pub const DRAIN_POLL_MS: u64 = 50;
 /// At most, when the answer has long been the same, in ms.

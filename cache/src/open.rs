@@ -7,7 +7,7 @@ use crate::events::{CacheEvent, OpenHow};
 use crate::file::{CachedFile, Charge, FileKey, Home, Inner, WaitKind, Waiter};
 use crate::fill::Job;
 use crate::frames::{FrameState, FrameTable};
-use crate::limits::{FILE_WAITERS_MAX, FILES_IDLE_MAX, PIN_RESERVE_DIVISOR};
+use crate::limits::{FILE_WAITERS_MAX, FILES_IDLE_MAX, OLD_HOMES_PINNED_MAX, PIN_RESERVE_DIVISOR};
 use crate::tree::{Kind, NodeRef};
 use copage_grants::{DomId, TrustClass};
 use rustix::fs::{Advice, Mode, OFlags};
@@ -155,6 +155,9 @@ impl Cache {
 
     /// Takes the newest generation into a pinned open, within the limits.
     pub(crate) fn begin_pin(&self, inner: &mut Inner, who: Holder) -> Result<(), CacheError> {
+        if inner.old.len() >= OLD_HOMES_PINNED_MAX {
+            return Err(CacheError::Changing);
+        }
         let Some(home) = inner.live.as_mut() else {
             return Err(CacheError::Changing);
         };
@@ -306,8 +309,7 @@ impl Cache {
     /// A file that nobody has open goes at once when it holds nothing, else when there are many.
     pub(crate) fn settle_idle(&self, file: &Arc<CachedFile>, inner: &mut Inner) {
         if inner.dead || !inner.is_idle() {
-            inner.idle_seq = 0;
-            return;
+            return self.forget_idle(inner);
         }
         let empty = inner
             .live
@@ -317,7 +319,14 @@ impl Cache {
             self.bury(file, inner, now_ms());
         } else if inner.idle_seq == 0 {
             inner.idle_seq = self.new_idle_seq();
-            self.idle.lock().push_back((file.key, inner.idle_seq));
+            self.idle.lock().insert(inner.idle_seq, file.key);
+        }
+    }
+
+    pub(crate) fn forget_idle(&self, inner: &mut Inner) {
+        if inner.idle_seq != 0 {
+            self.idle.lock().remove(&inner.idle_seq);
+            inner.idle_seq = 0;
         }
     }
 
@@ -329,10 +338,10 @@ impl Cache {
                 if idle.len() <= FILES_IDLE_MAX {
                     return;
                 }
-                let Some(oldest) = idle.pop_front() else {
+                let Some((seq, key)) = idle.pop_first() else {
                     return;
                 };
-                oldest
+                (key, seq)
             };
             let Some(file) = self.files.lock().get(&key).cloned() else {
                 continue;

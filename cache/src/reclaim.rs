@@ -1,14 +1,14 @@
 //! Giving frames back: the budget is kept here.
 
-use crate::cache::Cache;
+use crate::cache::{Cache, now_ms};
 use crate::config::Holder;
 use crate::error::CacheError;
 use crate::events::{CacheEvent, RecallReason};
-use crate::file::{CachedFile, each_run};
+use crate::file::{CachedFile, Home, Inner, each_run};
 use crate::frames::FrameState;
-use crate::limits::{FRAMES_MIN, HUGE_PAGES, RECLAIM_BATCH};
+use crate::limits::{FRAMES_MIN, HUGE_PAGES, RECALL_PAGES_MAX, RECLAIM_BATCH};
 use copage_grants::{DomId, FrameNo, PageIndex};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -149,6 +149,7 @@ impl Cache {
             self.counters.reclaim_calls.fetch_add(1, Relaxed);
             Ok::<(), CacheError>(())
         });
+        let failed = result.is_err();
         if let Err(error) = result {
             tracing::warn!(%error, "pages could not be given back");
             let mut table = self.frames.lock();
@@ -160,8 +161,39 @@ impl Cache {
                 }
             }
         }
+        if failed {
+            self.end_if_lost(file, &mut inner);
+        }
         self.settle_idle(file, &mut inner);
         freed
+    }
+
+    /// A call that takes pages out failed: some may be gone that the index still has (of a huge
+    /// frame that could not be split, for one). Nobody is granted or read what is not there: the
+    /// generation ends, and its content is read anew.
+    pub(crate) fn end_if_lost(&self, file: &Arc<CachedFile>, inner: &mut Inner) {
+        let Some(home) = inner.live.as_ref() else {
+            return;
+        };
+        let Ok(runs) = self.backend.present_pages(home.id) else {
+            tracing::warn!("what is left of a home cannot be told: it is given up");
+            return self.rotate(file, inner);
+        };
+        let there = |page: u64| {
+            let at = runs.partition_point(|(first, _)| first.0 <= page);
+            at > 0 && page < runs[at - 1].0.0 + runs[at - 1].1
+        };
+        if !home.index.pages().iter().all(|(p, _)| there((*p).into())) {
+            tracing::warn!("pages of a home are lost: it is given up");
+            self.rotate(file, inner);
+        }
+    }
+
+    /// The same content in a new home.
+    pub(crate) fn rotate(&self, file: &Arc<CachedFile>, inner: &mut Inner) {
+        self.retire(file, inner, RecallReason::Reclaim, now_ms());
+        self.settle_now(file, inner);
+        self.look_at(file, inner);
     }
 
     /// The queue of a resident frame of a home that is not pinned.
@@ -185,6 +217,34 @@ impl Cache {
             self.send_recalls(&file, generation, &pages, only, RecallReason::Reclaim);
             self.look_at(&file, &inner);
         }
+    }
+
+    /// Asks all holders of a home for all of it at once: run by run would be as many questions as a
+    /// guest that touches every other page likes.
+    pub(crate) fn recall_home(
+        &self,
+        file: &Arc<CachedFile>,
+        home: &Home,
+        granted: &[(u32, FrameNo)],
+    ) {
+        let (Some((first, _)), Some((last, _))) = (granted.first(), granted.last()) else {
+            return;
+        };
+        let mut holders = BTreeSet::new();
+        let mut of_one = Vec::new();
+        for (_, frame) in granted {
+            self.backend.holders(*frame, &mut of_one);
+            holders.extend(of_one.drain(..));
+        }
+        self.counters.recalls.fetch_add(1, Relaxed);
+        self.events.send(CacheEvent::Recall {
+            file: file.clone(),
+            generation: home.generation,
+            first: PageIndex((*first).into()),
+            count: last - first + 1,
+            holders: holders.into_iter().collect(),
+            reason: home.reason,
+        });
     }
 
     pub(crate) fn send_recalls(
@@ -222,7 +282,12 @@ impl Cache {
     /// Gives back the oldest grants of a domain that is at a limit of its own.
     pub(crate) fn make_room(&self, who: Holder, count: u32) {
         let mut oldest = Vec::new();
-        let wanted = count.max(RECLAIM_BATCH) as usize;
+        let most = if self.force {
+            u32::MAX
+        } else {
+            RECALL_PAGES_MAX
+        };
+        let wanted = count.clamp(RECLAIM_BATCH, most) as usize;
         self.backend.oldest_grants(who.dom, wanted, &mut oldest);
         {
             let mut frames = self.frames.lock();

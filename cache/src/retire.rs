@@ -5,7 +5,7 @@ use crate::error::CacheError;
 use crate::events::{CacheEvent, FileState, RecallReason};
 use crate::file::{CachedFile, Home, Inner, Lease, each_run};
 use crate::frames::FrameState;
-use crate::limits::{DRAIN_POLL_MS_MAX, FILE_PAGES_MAX};
+use crate::limits::{DRAIN_POLL_MS_MAX, FILE_PAGES_MAX, OLD_HOMES_MAX, OLD_HOMES_PAUSE_MS};
 use copage_grants::{DomId, FrameNo, HomeSpec, PageIndex, pages_for};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -55,6 +55,8 @@ impl Cache {
                 Lease::Never => settle_ms / 4,
             };
         inner.sequence = (0, 0);
+        inner.doubt_ms = None;
+        inner.retired_ms = now_ms;
         self.drain_old(file, inner, now_ms);
     }
 
@@ -72,6 +74,11 @@ impl Cache {
     /// Begins a generation with what the host's file holds now.
     pub(crate) fn settle_now(&self, file: &Arc<CachedFile>, inner: &mut Inner) {
         if inner.live.is_some() || inner.dead {
+            return;
+        }
+        let crowded_until_ms = inner.retired_ms + OLD_HOMES_PAUSE_MS;
+        if inner.old.len() >= OLD_HOMES_MAX && now_ms() < crowded_until_ms {
+            inner.settle_until_ms = crowded_until_ms;
             return;
         }
         // First the lease, then the look at the length: no change can lie between.
@@ -105,7 +112,9 @@ impl Cache {
         })?;
         let slot = self.frames.lock().add_slot(Arc::downgrade(file));
         let ended = inner.state.generation;
-        inner.live = Some(Home::new(id, slot, generation, cookie.bytes));
+        let mut home = Home::new(id, slot, generation, cookie.bytes);
+        home.leased = inner.lease == Lease::Held;
+        inner.live = Some(home);
         inner.cookie = cookie;
         inner.state = FileState {
             generation,
@@ -156,17 +165,16 @@ impl Cache {
         if home.busy > 0 || home.is_pinned() {
             return Ok(false);
         }
-        let pages = home.index.pages();
         // What the kernel said in this call, if it was asked.
         let mut unused = false;
-        if !pages.is_empty() {
+        if !home.index.is_empty() {
             let mut in_use = false;
             if home.exposed || !self.force {
                 if now_ms >= home.poll_ms {
                     in_use = self.backend.home_in_use(home.id).unwrap_or(true);
                     home.poll_ms = now_ms + self.poll_after(home, now_ms);
                     unused = !in_use;
-                } else if home.exposed {
+                } else if home.exposed || home.recalled {
                     return Ok(false);
                 } else {
                     in_use = true;
@@ -175,6 +183,7 @@ impl Cache {
             if home.exposed && in_use {
                 return Ok(false);
             }
+            let pages = home.index.pages();
             if !self.force && !home.recalled {
                 home.recalled = true;
                 let granted: Vec<_> = pages
@@ -182,8 +191,8 @@ impl Cache {
                     .copied()
                     .filter(|(_, f)| self.backend.holder_count(*f) > 0)
                     .collect();
-                if in_use && !granted.is_empty() {
-                    self.send_recalls(file, home.generation, &granted, None, home.reason);
+                if in_use {
+                    self.recall_home(file, home, &granted);
                 }
             }
             self.empty(file, home, &pages, !in_use)?;
@@ -283,6 +292,7 @@ impl Cache {
             return;
         }
         inner.dead = true;
+        self.forget_idle(inner);
         {
             let mut files = self.files.lock();
             if files.get(&file.key).is_some_and(|f| Arc::ptr_eq(f, file)) {

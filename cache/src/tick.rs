@@ -3,7 +3,6 @@
 use crate::cache::{Cache, now_ms};
 use crate::events::RecallReason;
 use crate::file::{CachedFile, Home, Inner};
-use crate::fill::Job;
 use crate::limits::{DRAIN_POLL_MS, DRAIN_POLL_MS_MAX, PARKED_POLL_MS};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -12,24 +11,22 @@ impl Cache {
     /// Does what is due. `now_ms` is CLOCK_BOOTTIME in ms. Returns when it wants to be called next,
     /// in ms of the same clock; `None`: nothing waits. Also called after every wake of the sink.
     pub fn tick(&self, now_ms: u64) -> Option<u64> {
-        let files: Vec<Arc<CachedFile>> = self.attention.lock().values().cloned().collect();
-        let mut next: Option<u64> = None;
+        let due = |(file, at): &(Arc<CachedFile>, u64)| (*at <= now_ms).then(|| file.clone());
+        let files: Vec<_> = self.attention.lock().values().filter_map(due).collect();
         for file in files {
             let mut inner = file.inner.lock();
-            let due = self.attend(&file, &mut inner, now_ms);
+            // With the file's lock: who has it looked at meanwhile does so afterwards.
+            match self.attend(&file, &mut inner, now_ms) {
+                Some(at) => self.attention.lock().insert(file.id, (file.clone(), at)),
+                None => self.attention.lock().remove(&file.id),
+            };
             let waiting = !inner.waiters.is_empty() && inner.live.is_some();
-            if due.is_none() {
-                self.attention.lock().remove(&file.id);
-            }
             drop(inner);
             if waiting {
-                self.push_job(Job::Advance(file));
+                self.push_advance(&file);
             }
-            next = match (next, due) {
-                (Some(a), Some(b)) => Some(a.min(b)),
-                (a, b) => a.or(b),
-            };
         }
+        let mut next = self.attention.lock().values().map(|(_, at)| *at).min();
         if !self.parked.lock().is_empty() {
             let mut parked_ms = self.parked_ms.load(Relaxed) + PARKED_POLL_MS;
             if now_ms >= parked_ms {
@@ -48,13 +45,13 @@ impl Cache {
         if !inner.lingering.is_empty() {
             self.retry_lingering(inner);
         }
-        if let Some(home) = inner.live.as_mut() {
-            if home.exposed {
-                self.unhold(home, now_ms);
-            }
-            if home.recalling > 0 {
-                self.poll_recalls(file, home);
-            }
+        if let Some(home) = inner.live.as_mut().filter(|h| h.exposed) {
+            self.unhold(home, now_ms);
+        }
+        self.poll_recalls(file, inner);
+        if inner.doubt_ms.is_some_and(|at| at <= now_ms) {
+            self.retire(file, inner, RecallReason::Changed, now_ms);
+            self.try_settle(file, inner, now_ms);
         }
         self.rotate_if_short(file, inner, now_ms);
         self.settle_idle(file, inner);
@@ -65,10 +62,14 @@ impl Cache {
         if inner.live.is_none() && !inner.dead {
             due = due.min(inner.settle_until_ms.max(now_ms + 1));
         }
-        for home in inner.old.iter().chain(&inner.live) {
-            if home.exposed && !home.is_pinned() || home.recalling > 0 || home.recalled {
-                due = due.min(home.poll_ms.max(now_ms + DRAIN_POLL_MS));
-            }
+        if let Some(at) = inner.doubt_ms {
+            due = due.min(at.max(now_ms + 1));
+        }
+        let old = inner.old.iter();
+        let live = inner.live.iter();
+        let polled = old.chain(live.filter(|h| h.exposed || h.recalling > 0));
+        for home in polled.filter(|h| !h.is_pinned()) {
+            due = due.min(home.poll_ms.max(now_ms + DRAIN_POLL_MS));
         }
         if !inner.lingering.is_empty() {
             due = due.min(now_ms + 4 * DRAIN_POLL_MS);
@@ -88,8 +89,7 @@ impl Cache {
             frames.available() < frames.watermark()
         };
         if stuck && short {
-            self.retire(file, inner, RecallReason::Reclaim, now_ms);
-            self.settle_now(file, inner);
+            self.rotate(file, inner);
         }
     }
 
@@ -99,13 +99,11 @@ impl Cache {
 
     /// Has `tick` look at the file, if there is a reason. The file's lock is held.
     pub(crate) fn look_at(&self, file: &Arc<CachedFile>, inner: &Inner) {
-        if inner.needs_attention()
-            && self
-                .attention
-                .lock()
-                .insert(file.id, file.clone())
-                .is_none()
-        {
+        if !inner.needs_attention() {
+            return;
+        }
+        let before = self.attention.lock().insert(file.id, (file.clone(), 0));
+        if before.is_none_or(|(_, at)| at > 0) {
             self.events.wake();
         }
     }

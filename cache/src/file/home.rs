@@ -20,6 +20,8 @@ pub(crate) struct Home {
     pub slot: u32,
     pub generation: u32,
     pub bytes: u64,
+    /// The host's file was under our lease when it was begun, so that all writes are told beforehand.
+    pub leased: bool,
     pub index: Index,
     /// 2 MiB units backed by one huge frame, by number.
     pub huge: BTreeSet<u32>,
@@ -52,6 +54,7 @@ impl Home {
             slot,
             generation,
             bytes,
+            leased: false,
             index: Index::default(),
             huge: BTreeSet::new(),
             busy: 0,

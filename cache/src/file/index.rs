@@ -71,6 +71,17 @@ impl Index {
         true
     }
 
+    /// The pages of `first..end`, in order: at the cost of the smaller of range and index.
+    pub(crate) fn range(&self, first: u32, end: u32) -> Vec<(u32, FrameNo)> {
+        let range = first..end;
+        if range.len() < self.len() {
+            return range.filter_map(|p| Some((p, self.get(p)?))).collect();
+        }
+        let mut all = self.pages();
+        all.retain(|(page, _)| range.contains(page));
+        all
+    }
+
     /// All pages, in order.
     pub(crate) fn pages(&self) -> Vec<(u32, FrameNo)> {
         let mut all: Vec<_> = self.frames.iter().map(|(p, f)| (*p, FrameNo(*f))).collect();

@@ -17,6 +17,7 @@ use parking_lot::Mutex;
 use rustix::fs::Stat;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 /// Names a cached file in the life of one cache; never used again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -48,6 +49,8 @@ pub struct CachedFile {
     /// Reads through the host's page cache; carries the lease.
     pub(crate) data: OwnedFd,
     pub(crate) inner: Mutex<Inner>,
+    /// A job of the pool that looks at its waiters has not begun yet.
+    pub(crate) queued: AtomicBool,
 }
 
 /// What shows that the content may have changed.
@@ -119,8 +122,12 @@ pub(crate) struct Inner {
     pub lease: Lease,
     /// Without a live home: when to stop waiting for the lease, in ms.
     pub settle_until_ms: u64,
-    /// Generations ended by changes seen in fills, one after the other.
+    /// Changes one after the other, without a fill that stood in between.
     pub churn: u32,
+    /// A change was seen and the content served all the same: the generation ends then, in ms.
+    pub doubt_ms: Option<u64>,
+    /// When the last generation ended, in ms.
+    pub retired_ms: u64,
     pub opens: Vec<OpenEntry>,
     /// Domains that closed the file but whose entries still show a mapping.
     pub lingering: Vec<DomId>,
@@ -159,6 +166,8 @@ impl CachedFile {
             lease: Lease::Wanted,
             settle_until_ms: 0,
             churn: 0,
+            doubt_ms: None,
+            retired_ms: 0,
             opens: Vec::new(),
             lingering: Vec::new(),
             flights: Vec::new(),
@@ -175,6 +184,7 @@ impl CachedFile {
             node,
             data,
             inner: Mutex::new(inner),
+            queued: AtomicBool::new(false),
         }
     }
 
@@ -271,6 +281,7 @@ impl Inner {
             .is_some_and(|h| h.exposed && !h.is_pinned() || h.recalling > 0);
         unsettled
             || unpinned
+            || self.live.is_some() && self.doubt_ms.is_some()
             || !self.old.is_empty()
             || !self.lingering.is_empty()
             || self.lease == Lease::Breaking

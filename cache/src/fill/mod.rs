@@ -39,7 +39,11 @@ impl Cache {
     pub(crate) fn run_job(&self, job: Job, buffer: &mut Buffer) {
         match job {
             Job::Fill(file, flight) => self.run_fill(&file, flight, buffer),
-            Job::Advance(file) => self.advance(&file, true),
+            Job::Advance(file) => {
+                // First: who asks from here on may have come too late for this look.
+                file.queued.store(false, Release);
+                self.advance(&file, true);
+            }
             Job::Open {
                 ticket,
                 node,
