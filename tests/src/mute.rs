@@ -123,7 +123,7 @@ impl Drop for Mute {
 /// What the process does: see [`Mute`]. Returns when its standard input ends.
 pub fn run(socket: &Path, name: &str, path: &str, how: &str) -> std::io::Result<()> {
     use copage::demo::pattern::{self, PageContent};
-    use copage_coherence::msg::{OpenHow, Request};
+    use copage_coherence::msg::{FAULT_PAGES_MAX, OpenHow, Request};
     let mut out = std::io::stdout();
     let mut say = |text: String| writeln!(out, "{text}").and_then(|()| out.flush());
     let mut raw = match crate::raw::Raw::try_hello(socket, name) {
@@ -146,8 +146,15 @@ pub fn run(socket: &Path, name: &str, path: &str, how: &str) -> std::io::Result<
     };
     if how == "map" {
         let pages = u32::try_from(copage_grants::pages_for(file.bytes)).unwrap_or(u32::MAX);
-        if let Err(errno) = raw.fault(&file, 0, pages) {
-            return say(format!("fault: errno {errno}"));
+        let step = FAULT_PAGES_MAX as usize;
+        for first in (0..pages).step_by(step) {
+            let count = FAULT_PAGES_MAX.min(pages - first);
+            match raw.fault(&file, first.into(), count) {
+                Ok(_) => {}
+                Err(errno) if first == 0 => return say(format!("fault: errno {errno}")),
+                // It has what it may have.
+                Err(_) => break,
+            }
         }
     }
     let home = file

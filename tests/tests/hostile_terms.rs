@@ -286,3 +286,49 @@ fn local_a_descriptor_handed_on_reads_nothing_new_after_the_fence() {
         "a leaked descriptor: {old} of 8 old pages left, none new"
     ));
 }
+
+#[test]
+fn local_frames_that_are_held_for_ever_starve_nobody() {
+    // Half the budget is all that one guest may hold, and what it does not give back counts.
+    let setup = Setup {
+        frames_mib: 8,
+        limits: "frames_mib = 4".into(),
+        ..setup(false)
+    };
+    let beside = Beside::start(&setup, |tree| {
+        for i in 0..4 {
+            tree.pattern(&format!("f{i}"), 2048);
+        }
+    });
+    let socket = beside.socket();
+    let mut lives = Vec::new();
+    let begin = Instant::now();
+    // It comes again and again, each time holding what it can get until it is fenced for it.
+    while begin.elapsed() < 8 * TERM {
+        let name = format!("f{}", lives.len() % 4);
+        match Mute::try_start(beside.tree.root(), &socket, "hoarder", &name, "map") {
+            Ok(life) => lives.push(life),
+            Err(_) => std::thread::sleep(TERM / 4),
+        }
+        if lives.len() >= 8 {
+            break;
+        }
+    }
+    let stats = beside.daemon.admin().stats();
+    assert!(stats.frames_quarantined <= 1024 + 512, "{stats:?}");
+    let mut newcomer = Guest::connected(beside.tree.root(), &socket, "newcomer");
+    let (mapping, _) = newcomer.map("export", "f3");
+    for page in 0..2048 {
+        assert_eq!(newcomer.load(mapping, page), 1);
+    }
+    let count = lives.len();
+    for life in &mut lives {
+        assert!(life.versions().iter().all(|&version| version == 1));
+        life.kill();
+    }
+    drop(newcomer);
+    beside.finish(&format!(
+        "{count} lives that hold frames for ever, {} frames in quarantine",
+        stats.frames_quarantined
+    ));
+}
