@@ -143,6 +143,16 @@ impl Entry {
         }
     }
 
+    /// Frees the entry, in use or not, where nobody can use it any more: the grantee is dead or its
+    /// mappings are gone, and whoever set the bits (a hypervisor, or the daemon in its place) does
+    /// so no more. Hence no compare-exchange: there is nobody to race with.
+    #[inline]
+    pub fn end(&self) {
+        // The orders are those of revoke.
+        let _ = self.head.load(Ordering::Acquire);
+        self.head.store(0, Ordering::Release);
+    }
+
     /// The entry now.
     pub fn state(&self) -> EntryState {
         let head = self.head.load(Ordering::Acquire);
@@ -157,7 +167,11 @@ impl Entry {
     /// The hypervisor's part, where the daemon stands in for it: the domain maps what it was
     /// granted.
     pub fn set_mapped(&self, access: Access) {
-        self.head.fetch_or(in_use(access).into(), Ordering::Relaxed);
+        let bits = in_use(access).into();
+        // Mostly it is so already, and looking is cheaper than writing.
+        if self.head.load(Ordering::Relaxed) & bits != bits {
+            self.head.fetch_or(bits, Ordering::Relaxed);
+        }
     }
 
     /// The hypervisor's part, where the daemon stands in for it: the last mapping is gone.

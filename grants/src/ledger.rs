@@ -1,19 +1,23 @@
 //! The ledger: for every frame its grants, for every domain its grants from old to new, and counts.
 //!
-//! Arrays only. A grant is a *slot*: its entry's place counted through all tables. A record of 16
-//! bytes for each slot links it into two lists:
+//! Arrays only. A grant is a *slot*: its entry's place counted through all tables. Of each slot the
+//! ledger has 14 bytes, in arrays of their own, because granting writes six of them only:
 //!
-//! * the frame's, newest grant first, from `heads[frame]`. The last record holds the frame itself,
-//!   marked by [`FRAME`], so that a slot leads to its frame without asking the table;
-//! * the domain's, in age order.
+//! * `next` is the frame's list, newest grant first, from `heads[frame]`. The last slot's is the
+//!   frame itself, marked by [`FRAME`], so that a slot leads to its frame without asking the table;
+//!   a free slot's is 0;
+//! * `whose` is who holds it, and how;
+//! * [`Ages`] is the domain's list, in age order. Granting slots in a row does not touch it.
 //!
 //! Slot 0 is a reserved entry and so stands for "none", which lets all arrays begin as zeros that
 //! cost no memory before they are used. The ledger does not know the table: comparing the two
 //! means something.
 
+use crate::ages::{AgeList, Ages};
 use crate::backend::Access;
 use crate::ids::{DomId, FrameNo};
 use crate::limits::{ENTRIES_MAX, FRAMES_MAX, GRANTS_PER_DOMAIN_DEFAULT};
+use crate::span::Span;
 use std::ops::Range;
 use zerocopy::FromZeros;
 
@@ -24,50 +28,26 @@ pub(crate) type Slot = u32;
 const FRAME: u32 = 1 << 31;
 const _: () = assert!(FRAMES_MAX <= FRAME && ENTRIES_MAX <= FRAME);
 
-/// Bits of [`Record::state`].
-const USED: u16 = 1;
-const WRITABLE: u16 = 2;
-
-/// One grant. Of a free slot all is zero, but for the links of [`Span`].
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, zerocopy::FromZeros)]
-struct Record {
-    frame_next: u32,
-    older: Slot,
-    newer: Slot,
-    dom: u16,
-    state: u16,
-}
-
-const _: () = assert!(size_of::<Record>() == 16);
+/// The bit of `whose` below the domid, which is 15 bits long.
+const WRITABLE: u16 = 1;
+const _: () = assert!(DomId::FIRST_RESERVED <= 1 << 15);
 
 #[derive(Clone, Copy, Debug)]
 struct Domain {
-    oldest: Slot,
-    newest: Slot,
+    ages: AgeList,
     count: u64,
     grants_max: u64,
 }
 
 impl Domain {
     const NEW: Self = Self {
-        oldest: 0,
-        newest: 0,
+        ages: AgeList {
+            oldest: 0,
+            newest: 0,
+        },
         count: 0,
         grants_max: GRANTS_PER_DOMAIN_DEFAULT,
     };
-}
-
-/// Free slots of one table: runs of them, the topmost here, the others linked through the record of
-/// each one's first slot (its length in `older`, the next run in `newer`). Runs keep neighbours
-/// together: granting a batch into one run is going along arrays.
-#[derive(Clone, Copy, Debug)]
-struct Span {
-    at: Slot,
-    len: u32,
-    below: Slot,
-    /// Free slots of all runs.
-    free: u32,
 }
 
 /// One grant as the ledger has it.
@@ -81,7 +61,9 @@ pub(crate) struct Held {
 /// See the module.
 #[derive(Debug, Default)]
 pub(crate) struct Ledger {
-    records: Vec<Record>,
+    next: Vec<u32>,
+    whose: Vec<u16>,
+    ages: Ages,
     heads: Vec<Slot>,
     domains: Vec<Domain>,
     spans: Vec<Span>,
@@ -91,35 +73,29 @@ impl Ledger {
     /// Adds the slots of a table of `entries` entries behind those there are, the first `reserved`
     /// of them never to be used. Gives its first slot; `None` when there is no room or memory.
     pub(crate) fn add_span(&mut self, entries: u32, reserved: u32) -> Option<Slot> {
-        let base = u32::try_from(self.records.len()).ok()?;
+        let base = self.slots();
         let end = base
             .checked_add(entries)
             .filter(|&end| end <= ENTRIES_MAX)?;
-        if self.records.is_empty() {
-            // Zeroed by the allocator: not touched, and so not there, before it is used.
-            self.records = Record::new_vec_zeroed(entries as usize).ok()?;
-        } else {
-            Record::extend_vec_zeroed(&mut self.records, entries as usize).ok()?;
-        }
+        grow_zeroed(&mut self.next, end)?;
+        self.ages.grow(end)?;
+        // The last: its length is the number of slots.
+        grow_zeroed(&mut self.whose, end)?;
         let at = base.saturating_add(reserved).min(end);
-        self.spans.push(Span {
-            at,
-            len: end - at,
-            below: 0,
-            free: end - at,
-        });
+        self.spans.push(Span::new(at, end));
         Some(base)
     }
 
-    /// Free slots of a span.
+    /// Free slots of a span; none of one that there is not.
+    #[inline]
     pub(crate) fn available(&self, span: usize) -> u32 {
-        self.spans[span].free
+        self.spans.get(span).map_or(0, Span::free)
     }
 
     /// Slots of all spans, used or not, reserved ones included.
     pub(crate) fn slots(&self) -> u32 {
         // add_span keeps it below ENTRIES_MAX.
-        self.records.len() as u32
+        self.whose.len() as u32
     }
 
     /// Makes room for frames below `end` (at most [`FRAMES_MAX`]).
@@ -129,15 +105,6 @@ impl Ledger {
             let len = (end as usize).next_power_of_two().max(1024);
             self.heads.resize(len, 0);
         }
-    }
-
-    /// `dom`'s account, made when it is first needed.
-    fn domain(&mut self, dom: DomId) -> &mut Domain {
-        let at = usize::from(dom.0);
-        if at >= self.domains.len() {
-            self.domains.resize(at + 1, Domain::NEW);
-        }
-        &mut self.domains[at]
     }
 
     fn domain_now(&self, dom: DomId) -> Domain {
@@ -158,7 +125,7 @@ impl Ledger {
     }
 
     pub(crate) fn set_grants_max(&mut self, dom: DomId, grants_max: u64) {
-        self.domain(dom).grants_max = grants_max;
+        account(&mut self.domains, dom).grants_max = grants_max;
     }
 
     /// Domains that ever had an account are below this.
@@ -175,244 +142,223 @@ impl Ledger {
     /// The frame's slots, newest first.
     #[inline]
     pub(crate) fn slots_of(&self, frame: FrameNo) -> impl Iterator<Item = Slot> + '_ {
-        let mut next = self.head(frame);
-        std::iter::from_fn(move || {
-            if next == 0 || next & FRAME != 0 {
-                return None;
-            }
-            let slot = next;
-            next = self.records[slot as usize].frame_next;
-            Some(slot)
-        })
+        chain(&self.next, self.head(frame))
     }
 
     /// `dom`'s slots, oldest first.
     pub(crate) fn slots_by_age(&self, dom: DomId) -> impl Iterator<Item = Slot> + '_ {
-        let mut next = self.domain_now(dom).oldest;
-        std::iter::from_fn(move || {
-            let slot = (next != 0).then_some(next)?;
-            next = self.records[slot as usize].newer;
-            Some(slot)
-        })
+        self.ages.iter(self.domain_now(dom).ages)
+    }
+
+    /// `dom`'s oldest grant.
+    pub(crate) fn oldest(&self, dom: DomId) -> Option<Slot> {
+        let AgeList { oldest, .. } = self.domain_now(dom).ages;
+        (oldest != 0).then_some(oldest)
+    }
+
+    /// The frame's newest grant.
+    #[inline]
+    pub(crate) fn newest_of(&self, frame: FrameNo) -> Option<Slot> {
+        let head = self.head(frame);
+        (head != 0).then_some(head)
     }
 
     /// `dom`'s grant of `frame`.
     #[inline]
     pub(crate) fn find(&self, frame: FrameNo, dom: DomId) -> Option<Slot> {
-        self.slots_of(frame)
-            .find(|&slot| self.records[slot as usize].dom == dom.0)
+        find(&self.next, &self.whose, self.head(frame), dom)
     }
 
     /// Who holds the slot's grant.
     #[inline]
     pub(crate) fn dom_of(&self, slot: Slot) -> DomId {
-        DomId(self.records[slot as usize].dom)
+        dom_of(self.whose[slot as usize])
     }
 
     #[inline]
     pub(crate) fn access_of(&self, slot: Slot) -> Access {
-        access(self.records[slot as usize].state)
+        access(self.whose[slot as usize])
     }
 
     /// Whose frame the slot's grant is of.
     pub(crate) fn frame_of(&self, slot: Slot) -> FrameNo {
-        let mut link = self.records[slot as usize].frame_next;
+        let mut link = self.next[slot as usize];
         while link & FRAME == 0 && link != 0 {
-            link = self.records[link as usize].frame_next;
+            link = self.next[link as usize];
         }
         FrameNo(link & !FRAME)
     }
 
     /// The slot's grant; `None` for a slot that is free.
     pub(crate) fn held(&self, slot: Slot) -> Option<Held> {
-        let record = self.records.get(slot as usize)?;
-        (record.state & USED != 0).then(|| Held {
-            dom: DomId(record.dom),
+        (*self.next.get(slot as usize)? != 0).then(|| Held {
+            dom: self.dom_of(slot),
             frame: self.frame_of(slot),
-            access: access(record.state),
+            access: self.access_of(slot),
         })
+    }
+
+    /// Records grants of all of `frames` to `dom`, in slots in a row; gives these. `None`, and
+    /// nothing changed, where that cannot be: `dom` holds one of them already or would hold more
+    /// than it may, one is named twice or is past the room for frames, or the topmost run of free
+    /// slots is too short. Then [`Ledger::add`] is the way.
+    #[inline]
+    pub(crate) fn add_all(
+        &mut self,
+        span: usize,
+        frames: &[FrameNo],
+        dom: DomId,
+        access: Access,
+    ) -> Option<Range<Slot>> {
+        let account = account(&mut self.domains, dom);
+        let over = account.count.saturating_add(frames.len() as u64) > account.grants_max;
+        let free = self.spans.get_mut(span)?.top(&mut self.ages);
+        if over || frames.len() > free.len() {
+            return None;
+        }
+        let linked = self.link(free.start, frames, dom);
+        if (linked as usize) < frames.len() {
+            self.unlink_again(free.start, &frames[..linked as usize]);
+            return None;
+        }
+        Some(self.take(span, linked, dom, access))
     }
 
     /// Records grants of the first of `frames` to `dom`: as many as come before one that `dom` holds
     /// already, and as fit into the topmost run of free slots. Gives their slots, which are in a
-    /// row. The caller has seen that the span has a free slot and that there is room for the frames.
-    /// With `none_held` it has also seen that `dom` held none of them before this call.
-    #[inline]
+    /// row. The caller has seen that the span has a free slot, that there is room for the frames,
+    /// and that `dom` may hold them.
     pub(crate) fn add(
         &mut self,
         span: usize,
         frames: &[FrameNo],
         dom: DomId,
         access: Access,
-        none_held: bool,
     ) -> Range<Slot> {
-        let mut fit = frames.len().min(self.top_run(span) as usize);
-        if !none_held {
-            let held = |&frame: &FrameNo| self.find(frame, dom).is_some();
-            fit = frames[..fit].iter().position(held).unwrap_or(fit);
+        let free = self.spans[span].top(&mut self.ages);
+        let fit = frames.len().min(free.len());
+        let linked = self.link(free.start, &frames[..fit], dom);
+        self.take(span, linked, dom, access)
+    }
+
+    /// Puts free slots from `first` on into the lists of `frames`, up to a frame that `dom` holds
+    /// already. Gives how many. There are as many free slots in a row.
+    #[inline]
+    fn link(&mut self, first: Slot, frames: &[FrameNo], dom: DomId) -> u32 {
+        if self.link_row(first, frames) {
+            return frames.len() as u32; // No longer than a run of slots.
         }
-        let first = self.spans[span].at;
-        let state = match access {
-            Access::ReadOnly => USED,
-            Access::ReadWrite => USED | WRITABLE,
-        };
-        let before = self.domain(dom).newest;
-        let records = &mut self.records[first as usize..][..fit];
-        let heads = self.heads.as_mut_slice();
         let mut slot = first;
-        let mut older = before;
-        for (record, frame) in records.iter_mut().zip(frames) {
-            let head = &mut heads[frame.0 as usize];
-            // Granted a moment ago, in this call: the frame is named twice.
-            if head.wrapping_sub(first) < slot - first {
+        for &frame in frames {
+            let Some(head) = self.heads.get_mut(frame.0 as usize) else {
                 break;
-            }
-            *record = Record {
-                frame_next: if *head == 0 { FRAME | frame.0 } else { *head },
-                older,
-                newer: slot + 1,
-                dom: dom.0,
-                state,
             };
+            let mut next = FRAME | frame.0;
+            if *head != 0 {
+                // Linked a moment ago, in this call: the frame is named twice.
+                let twice = head.wrapping_sub(first) < slot - first;
+                if twice || find(&self.next, &self.whose, *head, dom).is_some() {
+                    break;
+                }
+                next = *head;
+            }
+            self.next[slot as usize] = next;
             *head = slot;
-            older = slot;
             slot += 1;
         }
-        let added = slot - first;
-        if added > 0 {
-            self.records[older as usize].newer = 0;
-            if before != 0 {
-                self.records[before as usize].newer = first;
-            }
-            let account = self.domain(dom);
-            if before == 0 {
-                account.oldest = first;
-            }
-            account.newest = older;
-            account.count += u64::from(added);
-            self.take_slots(span, added);
-        }
-        first..slot
+        slot - first
     }
 
-    /// The length of the topmost run of free slots, of at least one when any is free.
+    /// [`Ledger::link`] of frames in a row that nobody holds, as fills get them: going along arrays
+    /// without looking at each place. `false`, and nothing changed, for other frames.
     #[inline]
-    fn top_run(&mut self, span: usize) -> u32 {
-        let span = &mut self.spans[span];
-        if span.len == 0 && span.below != 0 {
-            span.at = span.below;
-            let first = std::mem::take(&mut self.records[span.at as usize]);
-            span.len = first.older;
-            span.below = first.newer;
+    fn link_row(&mut self, first: Slot, frames: &[FrameNo]) -> bool {
+        let (Some(from), Some(to)) = (frames.first(), frames.last()) else {
+            return true;
+        };
+        let (from, len) = (from.0, frames.len());
+        let end = (from as usize).saturating_add(len);
+        if end != to.0 as usize + 1 {
+            return false;
         }
-        span.len
-    }
-
-    #[inline]
-    fn take_slots(&mut self, span: usize, count: u32) {
-        let span = &mut self.spans[span];
-        debug_assert!(count <= span.len);
-        span.at += count;
-        span.len -= count;
-        span.free -= count;
-    }
-
-    fn give_slot(&mut self, span: usize, slot: Slot) {
-        self.records[slot as usize] = Record::default();
-        let span = &mut self.spans[span];
-        span.free += 1;
-        if span.len > 0 && slot + 1 == span.at {
-            span.at = slot;
-            span.len += 1;
-        } else if span.len > 0 && slot == span.at + span.len {
-            span.len += 1;
-        } else {
-            if span.len > 0 {
-                let run = &mut self.records[span.at as usize];
-                run.older = span.len;
-                run.newer = span.below;
-                span.below = span.at;
-            }
-            span.at = slot;
-            span.len = 1;
+        let Some(heads) = self.heads.get_mut(from as usize..end) else {
+            return false;
+        };
+        // No way out of these loops before their end: they are done many places at a time.
+        let apart = (from..).zip(frames).fold(0, |or, (n, f)| or | (n ^ f.0));
+        if apart | heads.iter().fold(0, |or, head| or | head) != 0 {
+            return false;
         }
+        let next = &mut self.next[first as usize..][..len];
+        (from..).zip(next).for_each(|(n, next)| *next = FRAME | n);
+        (first..).zip(heads).for_each(|(slot, head)| *head = slot);
+        true
     }
 
-    /// Ends a grant; gives its frame.
-    pub(crate) fn remove(&mut self, span: usize, slot: Slot) -> FrameNo {
-        let frame = self.frame_of(slot);
-        let record = self.records[slot as usize];
-        if self.heads[frame.0 as usize] == slot {
-            let next = record.frame_next;
+    /// Undoes [`Ledger::link`].
+    #[cold]
+    fn unlink_again(&mut self, first: Slot, frames: &[FrameNo]) {
+        for (slot, frame) in (first..).zip(frames) {
+            let next = std::mem::take(&mut self.next[slot as usize]);
             self.heads[frame.0 as usize] = if next & FRAME == 0 { next } else { 0 };
+        }
+    }
+
+    /// Makes the first `count` slots of the topmost run, which are linked to their frames, `dom`'s.
+    #[inline]
+    fn take(&mut self, span: usize, count: u32, dom: DomId, access: Access) -> Range<Slot> {
+        let first = self.spans[span].take(count);
+        if count > 0 {
+            self.whose[first as usize..][..count as usize].fill(whose(dom, access));
+            let account = account(&mut self.domains, dom);
+            account.count += u64::from(count);
+            self.ages
+                .append(&mut account.ages, first, first + count - 1);
+        }
+        first..first + count
+    }
+
+    /// Ends a grant of `frame`.
+    #[inline]
+    pub(crate) fn remove(&mut self, span: usize, slot: Slot, frame: FrameNo) {
+        let next = self.next[slot as usize];
+        let head = &mut self.heads[frame.0 as usize];
+        if *head == slot {
+            *head = if next & FRAME == 0 { next } else { 0 };
         } else {
-            let before = self
-                .slots_of(frame)
-                .find(|&other| self.records[other as usize].frame_next == slot);
+            let before = chain(&self.next, *head).find(|&other| self.next[other as usize] == slot);
             // A used slot is in its frame's list; the audit would tell if it were not.
             if let Some(before) = before {
-                self.records[before as usize].frame_next = record.frame_next;
+                self.next[before as usize] = next;
             }
         }
-        self.unlink_age(DomId(record.dom), slot);
-        self.domain(DomId(record.dom)).count -= 1;
-        self.give_slot(span, slot);
-        frame
-    }
-
-    fn unlink_age(&mut self, dom: DomId, slot: Slot) {
-        let Record { older, newer, .. } = self.records[slot as usize];
-        if older == 0 {
-            self.domain(dom).oldest = newer;
-        } else {
-            self.records[older as usize].newer = newer;
-        }
-        if newer == 0 {
-            self.domain(dom).newest = older;
-        } else {
-            self.records[newer as usize].older = older;
-        }
+        let account = account(&mut self.domains, dom_of(self.whose[slot as usize]));
+        account.count -= 1;
+        self.ages.unlink(&mut account.ages, slot);
+        self.next[slot as usize] = 0;
+        self.spans[span].give(slot, &mut self.ages);
     }
 
     /// Makes a grant its domain's newest.
     pub(crate) fn renew(&mut self, slot: Slot) {
-        let dom = self.dom_of(slot);
-        self.unlink_age(dom, slot);
-        let account = self.domain(dom);
-        let older = std::mem::replace(&mut account.newest, slot);
-        if older == 0 {
-            account.oldest = slot;
-        } else {
-            self.records[older as usize].newer = slot;
-        }
-        let record = &mut self.records[slot as usize];
-        record.older = older;
-        record.newer = 0;
+        let ages = &mut account(&mut self.domains, dom_of(self.whose[slot as usize])).ages;
+        self.ages.unlink(ages, slot);
+        self.ages.append(ages, slot, slot);
     }
 
     /// Checks the links around one used slot; a line that says what is wrong.
     pub(crate) fn check_slot(&self, slot: Slot) -> Option<String> {
-        let record = self.records[slot as usize];
+        let dom = self.dom_of(slot);
         let frame = self.frame_of(slot);
-        let account = self.domain_now(DomId(record.dom));
         if !self.slots_of(frame).any(|other| other == slot) {
             return Some(format!(
                 "grant {slot} is not in the list of its frame {}",
                 frame.0
             ));
         }
-        let before = if record.older == 0 {
-            account.oldest
-        } else {
-            self.records[record.older as usize].newer
-        };
-        let behind = if record.newer == 0 {
-            account.newest
-        } else {
-            self.records[record.newer as usize].older
-        };
-        (before != slot || behind != slot)
-            .then(|| format!("grant {slot} is not in the age list of d{}", record.dom))
+        let own = |slot| self.held(slot).is_some_and(|held| held.dom == dom);
+        (!self.ages.is_whole(self.domain_now(dom).ages, slot, own))
+            .then(|| format!("grant {slot} is not in the age list of {dom}"))
     }
 
     /// Checks that `dom`'s list has as many grants as its count says, all of them its own.
@@ -430,10 +376,68 @@ impl Ledger {
     }
 }
 
-fn access(state: u16) -> Access {
-    if state & WRITABLE == 0 {
+/// `dom`'s account, made when it is first needed.
+#[inline]
+fn account(domains: &mut Vec<Domain>, dom: DomId) -> &mut Domain {
+    let at = usize::from(dom.0);
+    if at >= domains.len() {
+        grow_domains(domains, at + 1);
+    }
+    &mut domains[at]
+}
+
+#[cold]
+fn grow_domains(domains: &mut Vec<Domain>, len: usize) {
+    domains.resize(len, Domain::NEW);
+}
+
+/// The slots of the frame whose newest is `head`.
+#[inline]
+fn chain(next: &[u32], head: Slot) -> impl Iterator<Item = Slot> + '_ {
+    let mut link = head;
+    std::iter::from_fn(move || {
+        if link == 0 || link & FRAME != 0 {
+            return None;
+        }
+        let slot = link;
+        link = next[slot as usize];
+        Some(slot)
+    })
+}
+
+#[inline(never)]
+fn find(next: &[u32], whose: &[u16], head: Slot, dom: DomId) -> Option<Slot> {
+    chain(next, head).find(|&slot| dom_of(whose[slot as usize]) == dom)
+}
+
+fn whose(dom: DomId, access: Access) -> u16 {
+    let writable = match access {
+        Access::ReadOnly => 0,
+        Access::ReadWrite => WRITABLE,
+    };
+    (dom.0 << 1) | writable
+}
+
+fn dom_of(whose: u16) -> DomId {
+    DomId(whose >> 1)
+}
+
+fn access(whose: u16) -> Access {
+    if whose & WRITABLE == 0 {
         Access::ReadOnly
     } else {
         Access::ReadWrite
     }
+}
+
+/// Makes an array `len` long with zeros. Those of a new array are the allocator's: not touched, and
+/// so not there, before they are used. `None`: no memory, nothing changed.
+pub(crate) fn grow_zeroed<T: FromZeros>(array: &mut Vec<T>, len: u32) -> Option<()> {
+    let more = (len as usize).saturating_sub(array.len());
+    if array.is_empty() {
+        *array = T::new_vec_zeroed(more).ok()?;
+    } else {
+        T::extend_vec_zeroed(array, more).ok()?;
+    }
+    Some(())
 }

@@ -1,5 +1,6 @@
 //! Frames, grant tables and the ledger of copage, behind one [`Backend`] trait chosen at run time.
 
+mod ages;
 pub mod backend;
 pub mod channel;
 pub mod entry;
@@ -10,6 +11,7 @@ mod ledger;
 pub mod limits;
 pub mod local;
 pub mod quarantine;
+mod span;
 mod sync;
 pub mod sys;
 pub mod table;

@@ -7,7 +7,7 @@
 pub const ENTRIES_RESERVED: u32 = 2;
 
 /// Entries in one table of the local backend, when nothing else is asked. Memory is touched as
-/// entries are used: 24 bytes for each (8 for the entry, 16 for the ledger).
+/// entries are used: 22 bytes for each (8 for the entry, 14 for the ledger).
 pub const LOCAL_ENTRIES_DEFAULT: u32 = 1 << 22;
 
 /// Frames that may ever be named, in frames: 2 TiB. Ledger links keep the top bit for themselves.

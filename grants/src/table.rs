@@ -4,12 +4,14 @@
 //! the cache domain that holds the frame), what the entry calls the frame, and who sets the bits
 //! that show a mapping (`xen`: the hypervisor; `local`: the daemon itself).
 
-use crate::backend::{Access, DomainEnd, GrantInfo, LedgerAudit, Revocation};
-use crate::entry::EntryMemory;
+mod audit;
+
+use crate::backend::{Access, DomainEnd, Revocation};
+use crate::entry::{Entry, EntryMemory};
 use crate::error::GrantError;
 use crate::ids::{DomId, FrameNo, Grant, GrantRef, TableId};
 use crate::ledger::{Ledger, Slot};
-use crate::limits::{AUDIT_LINES_MAX, ENTRIES_RESERVED, FRAMES_MAX, GRANTS_PER_LOCK_HOLD};
+use crate::limits::{ENTRIES_RESERVED, FRAMES_MAX, GRANTS_PER_LOCK_HOLD};
 use parking_lot::Mutex;
 use std::collections::HashSet;
 use std::ops::Range;
@@ -52,7 +54,7 @@ impl<M: EntryMemory> Inner<M> {
     }
 
     #[inline]
-    fn entry(&self, slot: Slot) -> &crate::entry::Entry {
+    fn entry(&self, slot: Slot) -> &Entry {
         let (table, gref) = self.locate(slot);
         &self.tables[table].memory.entries()[gref as usize]
     }
@@ -66,14 +68,15 @@ impl<M: EntryMemory> Inner<M> {
         }
     }
 
-    /// Revokes a slot's entry and ends its grant. `false`: it is mapped.
-    fn revoke(&mut self, slot: Slot) -> bool {
-        let revoked = self.entry(slot).revoke();
-        if revoked {
-            let (table, _) = self.locate(slot);
-            self.ledger.remove(table, slot);
+    /// Ends the grant of `frame` that the slot has, if `free` frees its entry.
+    #[inline]
+    fn end(&mut self, slot: Slot, frame: FrameNo, free: impl FnOnce(&Entry) -> bool) -> bool {
+        let (table, gref) = self.locate(slot);
+        let freed = free(&self.tables[table].memory.entries()[gref as usize]);
+        if freed {
+            self.ledger.remove(table, slot, frame);
         }
-        revoked
+        freed
     }
 }
 
@@ -115,52 +118,94 @@ impl<M: EntryMemory, P: Placement> GrantTables<M, P> {
         out: &mut Vec<Grant>,
     ) -> Result<(), GrantError> {
         if dom.0 >= DomId::FIRST_RESERVED {
-            return Err(GrantError::BadRange(format!(
-                "{dom} is not a guest's domid"
-            )));
+            return Err(not_a_guest(dom));
         }
-        let inner = &mut *self.inner.lock();
-        let there = self.check_grant(inner, dom, access, frames)?;
         out.reserve(frames.len());
+        let mut inner = self.inner.lock();
+        // Mostly all are new and fit: one pass tells that and records them.
+        let Some((id, slots)) = self.add_all(&mut inner, frames, dom, access) else {
+            return self.grant_others(&mut inner, frames, (dom, access, mapped), out);
+        };
+        let grefs = self.publish(&inner, id, slots, frames, (dom, access, mapped));
+        drop(inner);
+        out.extend(grants(id, grefs));
+        Ok(())
+    }
+
+    /// [`Ledger::add_all`], of frames whose entries are all in one table.
+    #[inline]
+    fn add_all(
+        &self,
+        inner: &mut Inner<M>,
+        frames: &[FrameNo],
+        dom: DomId,
+        access: Access,
+    ) -> Option<(TableId, Range<Slot>)> {
+        let (batch, id) = self.of_one_table(*frames.first()?, frames);
+        if batch.len() < frames.len() {
+            return None;
+        }
+        let slots = inner.ledger.add_all(id.0.into(), frames, dom, access)?;
+        Some((id, slots))
+    }
+
+    /// [`GrantTables::grant`] of whatever it is: frames that are there already, in several tables,
+    /// more than the room thought of, or nothing that can be granted.
+    #[inline(never)]
+    fn grant_others(
+        &self,
+        inner: &mut Inner<M>,
+        frames: &[FrameNo],
+        (dom, access, mapped): (DomId, Access, bool),
+        out: &mut Vec<Grant>,
+    ) -> Result<(), GrantError> {
+        self.check_grant(inner, dom, access, frames)?;
         let mut rest = frames;
         while let Some(&frame) = rest.first() {
-            let none_held = there == 0 && rest.len() == frames.len();
-            let there_now = if none_held {
-                None
-            } else {
-                inner.ledger.find(frame, dom)
-            };
-            if let Some(slot) = there_now {
+            let (batch, id) = self.of_one_table(frame, rest);
+            let slots = inner.ledger.add(id.0.into(), batch, dom, access);
+            let (new, behind) = rest.split_at(slots.len());
+            rest = behind;
+            let grefs = self.publish(inner, id, slots, new, (dom, access, mapped));
+            out.extend(grants(id, grefs));
+            // What stopped it is a frame that is there, or the end of a run of free slots.
+            if let [frame, behind @ ..] = behind
+                && let Some(slot) = inner.ledger.find(*frame, dom)
+            {
                 if mapped {
                     inner.entry(slot).set_mapped(access);
                 }
                 out.push(inner.grant_of(slot));
-                rest = &rest[1..];
-                continue;
+                rest = behind;
             }
-            let (batch, id) = self.of_one_table(rest);
-            let slots = inner
-                .ledger
-                .add(usize::from(id.0), batch, dom, access, none_held);
-            let table = &inner.tables[usize::from(id.0)];
-            let grefs = slots.start - table.base..slots.end - table.base;
-            let entries = &table.memory.entries()[grefs.start as usize..grefs.end as usize];
-            for (entry, &frame) in entries.iter().zip(batch) {
-                entry.publish(dom, access, self.placement.place(frame).1, mapped);
-            }
-            rest = &rest[entries.len()..];
-            out.extend(grefs.map(|gref| Grant {
-                table: id,
-                gref: GrantRef(gref),
-            }));
         }
         Ok(())
     }
 
-    /// The first of `frames` (there is one) whose entries are all in one table, and the table.
+    /// Writes the entries of slots that the ledger has given to `frames`; gives their numbers.
     #[inline]
-    fn of_one_table<'f>(&self, frames: &'f [FrameNo]) -> (&'f [FrameNo], TableId) {
-        let table = self.placement.place(frames[0]).0;
+    fn publish(
+        &self,
+        inner: &Inner<M>,
+        id: TableId,
+        slots: Range<Slot>,
+        frames: &[FrameNo],
+        (dom, access, mapped): (DomId, Access, bool),
+    ) -> Range<u32> {
+        let table = &inner.tables[usize::from(id.0)];
+        let grefs = slots.start - table.base..slots.end - table.base;
+        let entries = &table.memory.entries()[grefs.start as usize..grefs.end as usize];
+        for (entry, &frame) in entries.iter().zip(frames) {
+            entry.publish(dom, access, self.placement.place(frame).1, mapped);
+        }
+        grefs
+    }
+
+    /// The first of `frames`, up to one whose entry is in another table than that of `first`, and
+    /// this table.
+    #[inline]
+    fn of_one_table<'f>(&self, first: FrameNo, frames: &'f [FrameNo]) -> (&'f [FrameNo], TableId) {
+        let table = self.placement.place(first).0;
         let other = frames
             .iter()
             .position(|&frame| self.placement.place(frame).0 != table);
@@ -168,15 +213,14 @@ impl<M: EntryMemory, P: Placement> GrantTables<M, P> {
     }
 
     /// Everything that can refuse a grant, so that granting cannot stop half-way: entries that a
-    /// guest has seen cannot be taken back. Gives how many of the grants are there already.
-    #[inline]
+    /// guest has seen cannot be taken back.
     fn check_grant(
         &self,
         inner: &mut Inner<M>,
         dom: DomId,
         access: Access,
         frames: &[FrameNo],
-    ) -> Result<usize, GrantError> {
+    ) -> Result<(), GrantError> {
         let end = frames.iter().fold(0, |end, frame| frame.0.max(end));
         if end >= FRAMES_MAX {
             return Err(GrantError::BadRange(format!(
@@ -204,7 +248,7 @@ impl<M: EntryMemory, P: Placement> GrantTables<M, P> {
             && inner.tables.len() == 1
             && wanted as u64 <= u64::from(inner.ledger.available(0))
         {
-            return Ok(there);
+            return Ok(());
         }
         // A frame that is named twice gets one entry: count again, exactly.
         let mut new = HashSet::new();
@@ -230,7 +274,7 @@ impl<M: EntryMemory, P: Placement> GrantTables<M, P> {
                 return Err(GrantError::TableFull { entries });
             }
         }
-        Ok(there)
+        Ok(())
     }
 
     /// [`crate::Backend::revoke`].
@@ -241,7 +285,7 @@ impl<M: EntryMemory, P: Placement> GrantTables<M, P> {
                 .iter()
                 .map(|&frame| match inner.ledger.find(frame, dom) {
                     None => Revocation::NotGranted,
-                    Some(slot) if inner.revoke(slot) => Revocation::Revoked,
+                    Some(slot) if inner.end(slot, frame, Entry::revoke) => Revocation::Revoked,
                     Some(_) => Revocation::StillMapped,
                 }),
         );
@@ -263,16 +307,10 @@ impl<M: EntryMemory, P: Placement> GrantTables<M, P> {
         let mut gone = Vec::new();
         {
             let inner = &mut *self.inner.lock();
-            let mut slots = Vec::new();
             for &frame in frames {
-                slots.clear();
-                slots.extend(inner.ledger.slots_of(frame));
-                for &slot in &slots {
-                    let dom = inner.ledger.dom_of(slot);
-                    inner.entry(slot).clear_mapped();
-                    if inner.revoke(slot) {
-                        gone.push((frame, dom));
-                    }
+                while let Some(slot) = inner.ledger.newest_of(frame) {
+                    gone.push((frame, inner.ledger.dom_of(slot)));
+                    inner.end(slot, frame, end_unmapped);
                 }
             }
         }
@@ -286,24 +324,24 @@ impl<M: EntryMemory, P: Placement> GrantTables<M, P> {
     pub fn domain_ended(&self, dom: DomId, unmapped: bool) -> DomainEnd {
         let mut end = DomainEnd::default();
         let mut left = self.inner.lock().ledger.count(dom);
-        let mut slots = Vec::new();
+        let free = if unmapped {
+            end_unmapped
+        } else {
+            Entry::revoke
+        };
         while left > 0 {
             let inner = &mut *self.inner.lock();
-            slots.clear();
             let batch = left.min(u64::from(GRANTS_PER_LOCK_HOLD));
-            slots.extend(inner.ledger.slots_by_age(dom).take(batch as usize));
-            if slots.is_empty() {
-                break;
-            }
-            left = left.saturating_sub(slots.len() as u64);
-            for &slot in &slots {
-                if unmapped {
-                    inner.entry(slot).clear_mapped();
-                }
-                if inner.revoke(slot) {
+            left -= batch;
+            for _ in 0..batch {
+                let Some(slot) = inner.ledger.oldest(dom) else {
+                    break;
+                };
+                let frame = inner.ledger.frame_of(slot);
+                if inner.end(slot, frame, free) {
                     end.revoked += 1;
                 } else {
-                    end.still_mapped.push(inner.ledger.frame_of(slot));
+                    end.still_mapped.push(frame);
                     // Out of the way of the next batch.
                     inner.ledger.renew(slot);
                 }
@@ -361,88 +399,23 @@ impl<M: EntryMemory, P: Placement> GrantTables<M, P> {
                 .map(|slot| inner.ledger.frame_of(slot)),
         );
     }
-
-    /// Slots in pieces that one hold of the lock may go over.
-    fn pieces(&self) -> impl Iterator<Item = Range<Slot>> {
-        let slots = self.inner.lock().ledger.slots();
-        (0..slots)
-            .step_by(GRANTS_PER_LOCK_HOLD as usize)
-            .map(move |from| from..slots.min(from.saturating_add(GRANTS_PER_LOCK_HOLD)))
-    }
-
-    /// [`crate::Backend::each_grant`]: `visit` is called without the lock; what changes meanwhile
-    /// may or may not be shown.
-    pub fn each_grant(&self, visit: &mut dyn FnMut(GrantInfo)) {
-        let mut infos = Vec::new();
-        for piece in self.pieces() {
-            {
-                let inner = self.inner.lock();
-                infos.extend(piece.filter_map(|slot| {
-                    let held = inner.ledger.held(slot)?;
-                    Some(GrantInfo {
-                        grant: inner.grant_of(slot),
-                        dom: held.dom,
-                        frame: held.frame,
-                        access: held.access,
-                        mapped: inner.entry(slot).state().is_mapped(),
-                    })
-                }));
-            }
-            infos.drain(..).for_each(&mut *visit);
-        }
-    }
-
-    /// [`crate::Backend::audit`]: every entry against its slot of the ledger, every list link, every
-    /// count. Goes on while others grant and revoke: each comparison is under the lock.
-    pub fn audit(&self) -> LedgerAudit {
-        let mut audit = LedgerAudit::default();
-        for piece in self.pieces() {
-            let inner = self.inner.lock();
-            for slot in piece {
-                self.audit_slot(&inner, slot, &mut audit);
-            }
-        }
-        let domains = self.inner.lock().ledger.domains();
-        for dom in 0..domains {
-            let line = self.inner.lock().ledger.check_domain(DomId(dom));
-            audit_line(&mut audit, line);
-        }
-        audit
-    }
-
-    fn audit_slot(&self, inner: &Inner<M>, slot: Slot, audit: &mut LedgerAudit) {
-        let state = inner.entry(slot).state();
-        let held = inner.ledger.held(slot);
-        let (table, gref) = inner.locate(slot);
-        audit.entries += u64::from(!state.is_free() && gref >= ENTRIES_RESERVED);
-        audit.grants += u64::from(held.is_some());
-        let line = match held {
-            // The reserved entries are the toolstack's business.
-            None if state.is_free() || gref < ENTRIES_RESERVED => None,
-            None => Some(format!(
-                "entry {table}:{gref} is in use ({state:?}) and not in the ledger"
-            )),
-            Some(held) => {
-                let (id, name) = self.placement.place(held.frame);
-                let equal = usize::from(id.0) == table
-                    && state.access() == Some(held.access)
-                    && state.dom == held.dom
-                    && state.frame == name;
-                if equal {
-                    inner.ledger.check_slot(slot)
-                } else {
-                    Some(format!(
-                        "entry {table}:{gref} is {state:?}, the ledger has {held:?}"
-                    ))
-                }
-            }
-        };
-        audit_line(audit, line);
-    }
 }
 
-fn audit_line(audit: &mut LedgerAudit, line: Option<String>) {
-    if audit.differences.len() < AUDIT_LINES_MAX {
-        audit.differences.extend(line);
-    }
+#[inline]
+fn grants(table: TableId, grefs: Range<u32>) -> impl ExactSizeIterator<Item = Grant> {
+    grefs.map(move |gref| Grant {
+        table,
+        gref: GrantRef(gref),
+    })
+}
+
+#[cold]
+fn not_a_guest(dom: DomId) -> GrantError {
+    GrantError::BadRange(format!("{dom} is not a guest's domid"))
+}
+
+/// Frees an entry that nobody maps any more, as the daemon knows in the hypervisor's place.
+fn end_unmapped(entry: &Entry) -> bool {
+    entry.end();
+    true
 }

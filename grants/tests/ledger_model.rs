@@ -25,12 +25,27 @@ impl EntryMemory for Shared {
     }
 }
 
-/// Frames in turn in one table and the other, under names of their own.
-struct InTurn;
+/// Two tables, the frames under names of their own.
+#[derive(Clone, Copy, Debug)]
+enum Spread {
+    /// In turn in one table and the other: no two neighbours in one.
+    InTurn,
+    /// The lower half and the upper: rows of neighbours.
+    Halves,
+}
 
-impl Placement for InTurn {
+impl Spread {
+    fn table(self, frame: u32) -> u32 {
+        match self {
+            Self::InTurn => frame % 2,
+            Self::Halves => frame / (FRAMES / 2),
+        }
+    }
+}
+
+impl Placement for Spread {
     fn place(&self, frame: FrameNo) -> (TableId, u32) {
-        (TableId((frame.0 % 2) as u16), 1000 + frame.0 / 2)
+        (TableId(self.table(frame.0) as u16), 1000 + frame.0)
     }
 }
 
@@ -48,7 +63,13 @@ enum Op {
 
 fn op() -> impl Strategy<Value = Op> {
     let dom = 0..DOMS;
-    let frames = || proptest::collection::vec(0..FRAMES, 0..8);
+    let frames = || {
+        prop_oneof![
+            proptest::collection::vec(0..FRAMES, 0..8),
+            (0..FRAMES, 1..8u32)
+                .prop_map(|(first, count)| (first..FRAMES.min(first + count)).collect()),
+        ]
+    };
     prop_oneof![
         6 => (dom.clone(), frames()).prop_map(|(dom, frames)| Op::Grant { dom, frames }),
         4 => (dom.clone(), frames()).prop_map(|(dom, frames)| Op::Revoke { dom, frames }),
@@ -90,7 +111,8 @@ impl Model {
 }
 
 struct World {
-    tables: GrantTables<Shared, InTurn>,
+    spread: Spread,
+    tables: GrantTables<Shared, Spread>,
     memory: [Shared; 2],
     model: Model,
 }
@@ -100,13 +122,14 @@ fn numbers(frames: &[u32]) -> Vec<FrameNo> {
 }
 
 impl World {
-    fn new() -> Self {
+    fn new(spread: Spread) -> Self {
         let memory = [(), ()].map(|()| Shared(Arc::new(OwnEntries::new(ENTRIES).unwrap())));
-        let tables = GrantTables::new(InTurn);
+        let tables = GrantTables::new(spread);
         for table in &memory {
             tables.add_table(table.clone()).unwrap();
         }
         Self {
+            spread,
             tables,
             memory,
             model: Model::default(),
@@ -129,9 +152,13 @@ impl World {
                 .model
                 .held
                 .keys()
-                .filter(|key| key.1 % 2 == table)
+                .filter(|key| self.spread.table(key.1) == table)
                 .count();
-            used + new.iter().filter(|&&frame| frame % 2 == table).count() > ENTRIES as usize - 2
+            used + new
+                .iter()
+                .filter(|&&frame| self.spread.table(frame) == table)
+                .count()
+                > ENTRIES as usize - 2
         });
         let mut out = vec![];
         let result = self.tables.grant(
@@ -147,7 +174,7 @@ impl World {
                 assert_eq!(out.len(), frames.len());
                 for (&frame, &grant) in frames.iter().zip(&out) {
                     assert!(grant.gref.0 >= 2);
-                    assert_eq!(u32::from(grant.table.0), frame % 2);
+                    assert_eq!(u32::from(grant.table.0), self.spread.table(frame));
                     self.model.ages += 1;
                     let held = Held {
                         grant,
@@ -193,7 +220,7 @@ impl World {
                     let grant = held.grant;
                     assert_eq!(
                         self.entry(grant).map(DomId(dom), Access::ReadOnly),
-                        Some(1000 + frame / 2)
+                        Some(1000 + frame)
                     );
                     assert_eq!(self.entry(grant).map(DomId(dom), Access::ReadWrite), None);
                     assert_eq!(
@@ -292,8 +319,11 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn xen_tables_and_ledger_do_as_the_model(ops in proptest::collection::vec(op(), 1..60)) {
-        let mut world = World::new();
+    fn xen_tables_and_ledger_do_as_the_model(
+        spread in prop_oneof![Just(Spread::InTurn), Just(Spread::Halves)],
+        ops in proptest::collection::vec(op(), 1..60),
+    ) {
+        let mut world = World::new(spread);
         for op in ops {
             world.apply(op);
             world.check();
@@ -304,12 +334,12 @@ proptest! {
 /// The audit sees what it is there for: an entry changed behind the ledger's back.
 #[test]
 fn xen_the_audit_sees_every_kind_of_difference() {
-    let mut world = World::new();
+    let mut world = World::new(Spread::InTurn);
     world.grant(1, &[0, 2, 4]);
     let entry = |frame| world.entry(world.model.held[&(1, frame)].grant);
     assert!(entry(0).revoke());
-    entry(2).publish(DomId(2), Access::ReadOnly, 1001, false);
-    entry(4).publish(DomId(1), Access::ReadWrite, 1002, false);
+    entry(2).publish(DomId(2), Access::ReadOnly, 1002, false);
+    entry(4).publish(DomId(1), Access::ReadWrite, 1004, false);
     world.memory[1].entries()[9].publish(DomId(1), Access::ReadOnly, 1, false);
     let audit = world.tables.audit();
     assert_eq!(audit.differences.len(), 4, "{:#?}", audit.differences);
