@@ -66,6 +66,23 @@ pub fn read_own_memory(address: usize, buf: &mut [u8]) -> io::Result<usize> {
     usize::try_from(read).map_err(|_| io::Error::last_os_error())
 }
 
+/// Takes over a descriptor above standard error that the process was started with, as a caller names
+/// it on a command line. EINVAL: it is one that this process opened itself, or was taken before.
+pub fn take_inherited(number: u32) -> io::Result<OwnedFd> {
+    let bad = |errno| io::Error::from_raw_os_error(errno);
+    let raw = RawFd::try_from(number).map_err(|_| bad(libc::EBADF))?;
+    // SAFETY: F_GETFD takes no argument, touches no memory, and answers EBADF for what is not open.
+    let flags = checked(unsafe { libc::fcntl(raw, libc::F_GETFD) })?;
+    if raw <= libc::STDERR_FILENO || flags & libc::FD_CLOEXEC != 0 {
+        return Err(bad(libc::EINVAL));
+    }
+    // SAFETY: F_SETFD takes an int and touches no memory. From now on the number is not taken again.
+    checked(unsafe { libc::fcntl(raw, libc::F_SETFD, flags | libc::FD_CLOEXEC) })?;
+    // SAFETY: it is open. It came over an execve, since all that std and this crate open is closed by
+    // one, and so has no owner here; by the flag just set it gets this one and no other.
+    Ok(unsafe { OwnedFd::from_raw_fd(raw) })
+}
+
 /// Raises the soft limit of open files to the hard one and returns it.
 pub fn raise_open_files() -> io::Result<u64> {
     let limit = rustix::process::getrlimit(Resource::Nofile);
@@ -111,6 +128,22 @@ mod tests {
             Some(libc::EFAULT),
             "nothing is mapped there"
         );
+    }
+
+    #[test]
+    fn what_was_inherited_is_taken_once() {
+        let (_reader, writer) = std::io::pipe().unwrap();
+        let own = writer.as_raw_fd().unsigned_abs();
+        let errno = |result: io::Result<OwnedFd>| result.unwrap_err().raw_os_error();
+        assert_eq!(errno(take_inherited(own)), Some(libc::EINVAL), "our own");
+        assert_eq!(errno(take_inherited(2)), Some(libc::EINVAL));
+        assert_eq!(errno(take_inherited(u32::MAX)), Some(libc::EBADF));
+        rustix::io::fcntl_setfd(&writer, rustix::io::FdFlags::empty()).unwrap();
+        // As after an execve: nobody here owns it.
+        let number = std::os::fd::IntoRawFd::into_raw_fd(writer).unsigned_abs();
+        let taken = take_inherited(number).unwrap();
+        assert_eq!(errno(take_inherited(number)), Some(libc::EINVAL), "taken");
+        drop(taken);
     }
 
     #[test]

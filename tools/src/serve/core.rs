@@ -143,8 +143,8 @@ impl Core {
             if info.signal == copage_grants::sys::lease_signal() {
                 self.ctx.cache.lease_broken(info.fd);
             } else if info.signal == libc::SIGIO {
-                // The kernel lost count of the lease breaks; what inotify says is looked at again.
-                self.ctx.cache.host_events();
+                // The kernel had no room for all of the lease breaks.
+                self.ctx.cache.check_leases();
             } else {
                 tracing::info!(signal = info.signal, "stopping");
                 self.stopping = true;

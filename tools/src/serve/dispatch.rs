@@ -352,6 +352,10 @@ impl Ctx {
         if open.withdrawn {
             return Err((libc::ESTALE, "the export is not offered any more"));
         }
+        if open.how == OpenHow::Pin {
+            // It has all pages, and the newer home, which has holes, is not for who pins.
+            return Err((libc::EINVAL, "a pinned file has no faults"));
+        }
         let file = open.file.clone();
         let ticket = self.ticket(conn.id, session, number, Wanted::Fault(token));
         let outcome = self.cache.fault(

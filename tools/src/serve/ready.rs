@@ -33,21 +33,26 @@ fn send_to(to: &OsStr, state: &str) -> io::Result<()> {
     Ok(())
 }
 
-/// Writes `READY` and a newline to a descriptor that the daemon was started with.
+/// Writes `READY` and a newline to a descriptor that the daemon was started with, and closes it: whoever
+/// reads the other end to its end has to wait no longer. Standard output and error stay open.
 ///
 /// # Errors
-/// When there is no such descriptor, or it is neither a pipe nor a file.
+/// When there is no such descriptor, or it cannot be written.
 pub(super) fn write_ready(fd: u32) -> io::Result<()> {
-    let mut to = std::fs::File::options()
-        .write(true)
-        .open(format!("/proc/self/fd/{fd}"))?;
+    let mut to = if fd <= 2 {
+        std::fs::File::options()
+            .write(true)
+            .open(format!("/proc/self/fd/{fd}"))?
+    } else {
+        copage_grants::sys::take_inherited(fd)?.into()
+    };
     to.write_all(b"READY\n")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::fd::AsRawFd;
+    use std::os::fd::IntoRawFd;
     use std::os::unix::net::UnixDatagram;
 
     #[test]
@@ -63,10 +68,11 @@ mod tests {
     }
 
     #[test]
-    fn ready_goes_down_a_pipe() {
+    fn ready_goes_down_a_pipe_and_the_pipe_ends() {
         let (mut reader, writer) = std::io::pipe().unwrap();
-        write_ready(writer.as_raw_fd().cast_unsigned()).unwrap();
-        drop(writer);
+        rustix::io::fcntl_setfd(&writer, rustix::io::FdFlags::empty()).unwrap();
+        // As after an execve: nobody here owns it.
+        write_ready(writer.into_raw_fd().cast_unsigned()).unwrap();
         let mut text = String::new();
         std::io::Read::read_to_string(&mut reader, &mut text).unwrap();
         assert_eq!(text, "READY\n");

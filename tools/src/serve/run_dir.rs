@@ -2,9 +2,9 @@
 
 use super::clock::epoch_seconds;
 use rustix::fs::{FlockOperation, flock};
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{self, Read, Seek, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// Name of the socket for guests.
@@ -34,6 +34,14 @@ pub enum RunDirError {
         /// Its process, as it wrote it down.
         pid: String,
     },
+    /// Others could put a lock or sockets of their own in it.
+    #[error("{}: {why}; choose another --run-dir", path.display())]
+    NotOurs {
+        /// The directory.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
     /// The directory or its lock file cannot be made.
     #[error("{}: {source}", path.display())]
     Io {
@@ -56,6 +64,7 @@ impl RunDir {
             .mode(0o755)
             .create(path)
             .map_err(fail(path))?;
+        check_owner(path, &std::fs::metadata(path).map_err(fail(path))?)?;
         let lock_path = path.join(LOCK_FILE);
         let mut lock = File::options()
             .read(true)
@@ -105,6 +114,22 @@ impl RunDir {
     }
 }
 
+/// The directory may have been there: it must be this user's, and nobody else may write to it.
+fn check_owner(path: &Path, found: &Metadata) -> Result<(), RunDirError> {
+    let own = rustix::process::geteuid().as_raw();
+    let why = if found.uid() != own {
+        format!("it belongs to uid {}, not to uid {own}", found.uid())
+    } else if found.mode() & 0o022 != 0 {
+        format!("others may write to it (mode {:o})", found.mode() & 0o7777)
+    } else {
+        return Ok(());
+    };
+    Err(RunDirError::NotOurs {
+        path: path.to_owned(),
+        why,
+    })
+}
+
 impl Drop for RunDir {
     fn drop(&mut self) {
         // The guests' socket goes with its listener. The lock is still held here.
@@ -130,5 +155,26 @@ mod tests {
         drop(first);
         let second = RunDir::claim(&path).unwrap();
         assert!(second.epoch > epoch);
+    }
+
+    #[test]
+    fn a_directory_that_others_may_write_to_is_refused() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("run");
+        std::fs::create_dir(&path).unwrap();
+        for mode in [0o777, 0o1777, 0o775, 0o757] {
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+            let error = RunDir::claim(&path).unwrap_err();
+            assert!(matches!(error, RunDirError::NotOurs { .. }), "{error}");
+        }
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        if rustix::process::geteuid().is_root() {
+            std::os::unix::fs::chown(&path, Some(61_001), None).unwrap();
+            let error = RunDir::claim(&path).unwrap_err();
+            assert!(error.to_string().contains("61001"), "{error}");
+            std::os::unix::fs::chown(&path, Some(0), None).unwrap();
+        }
+        assert!(RunDir::claim(&path).is_ok());
     }
 }

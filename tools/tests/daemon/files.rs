@@ -238,6 +238,32 @@ fn local_pinned_files_are_whole() {
     assert!(bytes.iter().enumerate().all(|(i, b)| *b == pattern(i)));
 }
 
+/// The newer home has holes: who pins gets no descriptor of it by any request.
+#[test]
+fn local_a_pinned_file_gives_no_home_with_holes() {
+    let host = Host::new();
+    let mut a = host.guest("a");
+    let root = a.attach("data").unwrap();
+    let (big, _) = a.lookup(root, b"big").unwrap();
+    let (file, generation, _) = open(&mut a, big, OpenHow::Pin);
+    std::fs::write(host.data().join("big"), vec![7; BIG_BYTES]).unwrap();
+    let range = PageRange {
+        first: PageIndex(0),
+        count: 1,
+    };
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(1);
+    while std::time::Instant::now() < until {
+        let came = a.call(&Request::Fault {
+            file,
+            generation,
+            range,
+            hint: FaultHint::Random,
+        });
+        assert!(came.fd.is_none(), "{:?}", came.reply());
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+}
+
 #[test]
 fn local_open_files_have_a_bound() {
     let host = Host::with(|c| c.limits.files_max = 2);
