@@ -163,10 +163,19 @@ impl Daemon {
         kib * 1024
     }
 
-    /// How many descriptors it has open.
-    pub fn descriptors(&self) -> usize {
-        let dir = std::fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("the daemon lives");
-        dir.count()
+    /// How many descriptors it has open; `None`: only root may count those of an undumpable process.
+    pub fn descriptors(&self) -> Option<usize> {
+        let dir = std::fs::read_dir(format!("/proc/{}/fd", self.pid())).ok()?;
+        Some(dir.count())
+    }
+
+    /// Waits until it has no more descriptors open than `before`, where they can be counted.
+    pub fn descriptors_back_to(&self, before: Option<usize>) {
+        wait::until(
+            Duration::from_secs(10),
+            "the daemon's descriptors to go",
+            || self.descriptors() <= before,
+        );
     }
 
     /// SIGKILL, and waits for its end.

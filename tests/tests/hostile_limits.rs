@@ -206,8 +206,6 @@ fn local_sessions_without_end() {
             raw.tell(&Request::Bye);
         }
     }
-    copage_tests::wait::until(Duration::from_secs(10), "descriptors to go", || {
-        beside.daemon.descriptors() <= before
-    });
+    beside.daemon.descriptors_back_to(before);
     beside.finish(&format!("{count} sessions of one guest, then refused"));
 }

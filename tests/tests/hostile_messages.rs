@@ -620,11 +620,9 @@ fn local_beginnings_that_are_none() {
         }
     }
     drop(raw);
-    wait::until(
-        5 * SECOND,
-        "the daemon's descriptors to be as many as before",
-        || beside.daemon.descriptors() <= before + 8,
-    );
+    beside
+        .daemon
+        .descriptors_back_to(before.map(|count| count + 8));
     beside.finish("beginnings that are none");
 }
 

@@ -181,7 +181,8 @@ impl Agent {
                 count,
             } => match &*self.view(mapping)? {
                 View::Faulted(mapping, _) => {
-                    let range = first as usize * PAGE_SIZE..(first + count) as usize * PAGE_SIZE;
+                    let range = first as usize * PAGE_SIZE
+                        ..((first + count) as usize * PAGE_SIZE).min(mapping.len());
                     mapping.populate(range)?;
                     Ok(Answer::Done)
                 }
