@@ -124,15 +124,15 @@ fn local_everything_at_once() {
             rig.break_leases();
             rig.pump_discarding(Duration::from_millis(1));
             round += 1;
-            if round % 40 == 0 {
+            if round.is_multiple_of(40) {
                 let node = rig.node("p");
                 rig.cache
                     .open(tickets.fetch_add(1, Relaxed), node, OpenHow::Pin, who(9));
             }
-            if round % 60 == 0 {
+            if round.is_multiple_of(60) {
                 rig.cache.guest_ended(who(9));
             }
-            if round % 100 == 0 {
+            if round.is_multiple_of(100) {
                 rig.cache.guest_fenced(who(3));
                 for n in 0..3 {
                     let node = rig.node(&format!("f{n}"));

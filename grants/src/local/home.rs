@@ -220,7 +220,7 @@ impl Home {
     pub(super) fn make_huge(&self, unit: u64) -> Result<bool, GrantError> {
         let pages = HUGE_PAGES as usize;
         let (from, end) = self.range(unit, pages)?;
-        if unit % HUGE_PAGES != 0 {
+        if !unit.is_multiple_of(HUGE_PAGES) {
             return Err(GrantError::BadRange(format!(
                 "page {unit} does not begin a 2 MiB unit"
             )));

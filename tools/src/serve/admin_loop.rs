@@ -270,7 +270,11 @@ impl Core {
             .iter()
             .filter(|g| g.frames + g.pinned_pages + g.quarantined_pages > 0)
             .map(|g| ChargesEntry {
-                guest: self.ctx.guests.get(g.guest).map_or_else(String::new, |e| e.name.to_string()),
+                guest: self
+                    .ctx
+                    .guests
+                    .get(g.guest)
+                    .map_or_else(String::new, |e| e.name.to_string()),
                 frames: g.frames,
                 pinned_pages: g.pinned_pages,
                 quarantined_pages: g.quarantined_pages,

@@ -389,5 +389,9 @@ impl Core {
 /// Processes of one user can read and stop each other anyway; root's and the daemon's can do more.
 fn trust_class(uid: u32) -> TrustClass {
     let own = uid == 0 || uid == rustix::process::geteuid().as_raw();
-    if own { TrustClass::OWN } else { TrustClass(uid) }
+    if own {
+        TrustClass::OWN
+    } else {
+        TrustClass(uid)
+    }
 }
