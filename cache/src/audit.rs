@@ -1,8 +1,9 @@
 //! The audit: ledger, grant tables, frame files and the cache's own books, entry by entry.
 
 use crate::cache::Cache;
+use crate::config::GuestId;
 use crate::file::{CachedFile, Home, Inner};
-use crate::frames::FrameState;
+use crate::frames::{FrameState, FrameTable};
 use crate::limits::AUDIT_LINES_MAX;
 use crate::report::AuditReport;
 use copage_grants::{DomId, FrameNo, PAGE_SIZE, PAGE_SIZE_U64, PageIndex};
@@ -13,6 +14,45 @@ impl AuditReport {
     fn differs(&mut self, line: String) {
         if self.differences.len() < AUDIT_LINES_MAX {
             self.differences.push(line);
+        }
+    }
+}
+
+/// What pins of homes are charged, counted anew.
+#[derive(Default)]
+struct Pins {
+    reserved: u64,
+    /// Pinned and quarantined pages by guest.
+    charged: HashMap<GuestId, (u64, u64)>,
+}
+
+impl Pins {
+    fn add(&mut self, home: &Home) {
+        self.reserved += if home.reserved { home.pages() } else { 0 };
+        for charge in &home.charges {
+            let (pinned, quarantined) = self.charged.entry(charge.guest).or_default();
+            let count = if charge.quarantined {
+                quarantined
+            } else {
+                pinned
+            };
+            *count += home.pages();
+        }
+    }
+
+    fn compare(&self, table: &FrameTable, report: &mut AuditReport) {
+        if table.pin_pages != self.reserved {
+            let (counted, found) = (table.pin_pages, self.reserved);
+            report.differs(format!("{counted} pages are kept for pins, not {found}"));
+        }
+        for (guest, account) in table.accounts.all() {
+            let counted = (account.pinned, account.quarantined);
+            let found = self.charged.get(&guest).copied().unwrap_or_default();
+            if counted != found {
+                report.differs(format!(
+                    "guest {guest} is charged {counted:?} pinned and quarantined pages, not {found:?}"
+                ));
+            }
         }
     }
 }
@@ -28,13 +68,41 @@ impl Cache {
         };
         let mut seen = HashSet::new();
         let mut exact = true;
+        let mut pins = Pins::default();
+        let pin_moves = self.frames.lock().pin_moves;
         for file in self.all_files() {
             let mut inner = file.inner.lock();
             report.files += 1;
             exact &= inner.flights.is_empty();
+            inner
+                .old
+                .iter()
+                .chain(&inner.live)
+                .for_each(|h| pins.add(h));
             self.audit_file(&file, &mut inner, &mut seen, &mut report);
         }
         let table = self.frames.lock();
+        if table.pin_moves == pin_moves {
+            pins.compare(&table, &mut report);
+        }
+        let owned = table.frames_by_owner();
+        for (guest, account) in table.accounts.all() {
+            let frames = owned.get(&guest).copied().unwrap_or(0);
+            if account.frames != frames {
+                let charged = account.frames;
+                report.differs(format!(
+                    "guest {guest} is charged {charged} frames and has {frames}"
+                ));
+            }
+        }
+        // With the table's lock: nothing is granted and no frame given back meanwhile.
+        self.backend.each_grant(&mut |grant| {
+            let state = (grant.frame.0 < table.capacity()).then(|| table.state(grant.frame));
+            if matches!(state, None | Some(FrameState::Free | FrameState::Filling)) {
+                let (frame, dom) = (grant.frame, grant.dom);
+                report.differs(format!("{dom} holds {frame:?}, which is {state:?}"));
+            }
+        });
         report.frames = u64::from(table.capacity());
         let states = [
             FrameState::Small,

@@ -167,6 +167,7 @@ impl Cache {
             return Err(CacheError::PinTooLarge { pages, pages_max });
         }
         let mut table = self.frames.lock();
+        table.pin_moves += 1;
         if !home.charges.iter().any(|c| c.guest == who.guest) {
             let account = *table.accounts.of(who.guest);
             let wanted = account.pinned + account.quarantined + pages;
@@ -253,6 +254,7 @@ impl Cache {
 
     pub(crate) fn uncharge(table: &mut FrameTable, home: &mut Home) {
         let pages = home.pages();
+        table.pin_moves += 1;
         for charge in home.charges.drain(..) {
             let account = table.accounts.of(charge.guest);
             let count = if charge.quarantined {

@@ -34,6 +34,7 @@ impl Cache {
             }
         }
         let pages = home.pages();
+        table.pin_moves += 1;
         for charge in home.charges.iter_mut().filter(|c| !c.quarantined) {
             charge.quarantined = true;
             let account = table.accounts.of(charge.guest);

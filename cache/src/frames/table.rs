@@ -5,6 +5,7 @@ use crate::config::GuestId;
 use crate::file::CachedFile;
 use crate::limits::{RECLAIM_BATCH, WATERMARK_DIVISOR, WATERMARK_FRAMES_MAX};
 use copage_grants::FrameNo;
+use std::collections::HashMap;
 use std::sync::Weak;
 
 /// "No frame" in the queues, "no guest" for the charge.
@@ -73,6 +74,8 @@ pub(crate) struct FrameTable {
     pub accounts: Accounts,
     /// Pages that pinned homes have or will have.
     pub pin_pages: u64,
+    /// How often the charges for pins were changed: tells the audit that it looked at a moving thing.
+    pub pin_moves: u64,
 }
 
 impl FrameTable {
@@ -99,6 +102,7 @@ impl FrameTable {
             slots_free: Vec::new(),
             accounts: Accounts::default(),
             pin_pages: 0,
+            pin_moves: 0,
         };
         table.counts[FrameState::Filling as usize] = frames;
         for n in 0..frames {
@@ -275,6 +279,15 @@ impl FrameTable {
     /// Who is charged for the frame.
     pub(crate) fn owner(&self, frame: FrameNo) -> Option<GuestId> {
         Some(self.metas[frame.0 as usize].owner).filter(|g| *g != NONE)
+    }
+
+    /// Frames charged to each guest, counted anew.
+    pub(crate) fn frames_by_owner(&self) -> HashMap<GuestId, u64> {
+        let mut counts = HashMap::new();
+        for meta in self.metas.iter().filter(|m| m.owner != NONE) {
+            *counts.entry(meta.owner).or_default() += 1;
+        }
+        counts
     }
 
     fn discharge(&mut self, frame: FrameNo) {
