@@ -58,7 +58,9 @@ fn local_descriptors_cannot_be_made_to_write() {
     for how in [OpenHow::Map, OpenHow::Pin] {
         let mut raw = Raw::try_hello(&daemon.socket(), "evil").unwrap();
         let file = raw.open("export", "f", how);
-        raw.fault(&file, 0, 64).unwrap();
+        if how == OpenHow::Map {
+            raw.fault(&file, 0, 64).unwrap();
+        }
         let fd = file.fd.unwrap();
         all_refused("the daemon's own user", &attack::descriptor(&fd));
         all_refused("another user", &attack_as(OTHER_UID, tree.root(), fd));
