@@ -164,6 +164,11 @@ impl Cache {
                 // Its entries in homes that were emptied by force are gone.
                 self.retry_lingering(&mut inner);
             }
+            // What it has not let go of by now is beyond reach.
+            for home in &mut inner.old {
+                home.poll_ms = 0;
+            }
+            self.drain_old(&file, &mut inner, now_ms());
             self.settle_idle(&file, &mut inner);
             self.look_at(&file, &inner);
             drop(inner);

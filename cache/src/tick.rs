@@ -93,8 +93,14 @@ impl Cache {
         }
     }
 
+    /// The longer it has been in use the more seldom, but once when recalls fall due.
     pub(crate) fn poll_after(&self, home: &Home, now_ms: u64) -> u64 {
-        (now_ms.saturating_sub(home.since_ms) / 4).clamp(DRAIN_POLL_MS, DRAIN_POLL_MS_MAX)
+        let age_ms = now_ms.saturating_sub(home.since_ms);
+        let after_ms = (age_ms / 4).clamp(DRAIN_POLL_MS, DRAIN_POLL_MS_MAX);
+        match u64::from(self.config.recall_deadline_ms).checked_sub(age_ms) {
+            Some(left_ms) if left_ms > 0 => after_ms.min(left_ms),
+            _ => after_ms,
+        }
     }
 
     /// Has `tick` look at the file, if there is a reason. The file's lock is held.
