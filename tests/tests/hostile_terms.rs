@@ -80,12 +80,9 @@ fn local_who_never_acks_is_fenced_at_the_deadline_and_its_frames_are_quarantined
         "fenced after {since:?} ({took:?})"
     );
     // It has its pages mapped still and reads the old content: nothing else may come there.
-    let stats = beside.daemon.admin().stats();
-    assert!(
-        stats.frames_quarantined >= 64,
-        "{} frames in quarantine",
-        stats.frames_quarantined
-    );
+    wait::until(3 * SECOND, "its frames to be in quarantine", || {
+        beside.daemon.admin().stats().frames_quarantined >= 64
+    });
     assert_eq!(
         mute.versions(),
         vec![1],
