@@ -210,6 +210,7 @@ impl Core {
             && let Some(conn) = self.conns.get_mut(&id)
         {
             conn.flush();
+            self.rebase_more(id);
         }
         let mut hung_up = ready.hung_up && !ready.read;
         let mut close = false;
@@ -258,6 +259,16 @@ impl Core {
             self.hung_up(id);
         }
         self.settle_conn(id);
+    }
+
+    /// Tells a guest of the new contents for which there was no room before.
+    fn rebase_more(&mut self, id: u64) {
+        while let Some(conn) = self.conns.get_mut(&id)
+            && let Some(token) = conn.next_rebase()
+        {
+            self.ctx.rebase(conn, token);
+            self.act();
+        }
     }
 
     /// Brings what the poller waits for in line with what the connection is ready for, and sees to

@@ -383,6 +383,11 @@ impl Ctx {
         {
             if open.rebase.is_some() {
                 open.rebase_again = true;
+            } else if !conn.has_room() {
+                // Many files can change at once, and one that reads slowly is not dead.
+                if !std::mem::replace(&mut open.rebase_again, true) {
+                    conn.rebases.push_back(token);
+                }
             } else {
                 let state = self.cache.current(&open.file);
                 let subject = Subject::Rebase {

@@ -8,7 +8,7 @@ use copage_cache::{CachedFile, Holder, OpenHow};
 use copage_coherence::msg::FileToken;
 use copage_grants::Epoch;
 use copage_grants::channel::{Channel, Peer};
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -29,7 +29,8 @@ pub(super) struct Open {
     pub asked: Vec<u64>,
     /// The Rebase among them: at most one at a time.
     pub rebase: Option<u64>,
-    /// The content changed again since: ask once more after the answer.
+    /// The content changed again since: ask once more after the answer. Without a Rebase: the
+    /// connection has it among those to be asked when there is room.
     pub rebase_again: bool,
     /// The cache ended this open itself.
     pub withdrawn: bool,
@@ -67,6 +68,8 @@ pub(super) struct Conn {
     pub strikes: u32,
     /// A message could not be sent.
     pub unsent: Option<Unsent>,
+    /// Open files with a newer content of which the guest hears when it has read what waits.
+    pub rebases: VecDeque<FileToken>,
 }
 
 impl Conn {
@@ -82,7 +85,22 @@ impl Conn {
             session: None,
             strikes: 0,
             unsent: None,
+            rebases: VecDeque::new(),
         }
+    }
+
+    /// Is there room for a notice that can wait?
+    pub(super) fn has_room(&self) -> bool {
+        !self.outbox.is_paused() && self.unsent.is_none()
+    }
+
+    /// The next file to ask about, if there is room.
+    pub(super) fn next_rebase(&mut self) -> Option<FileToken> {
+        let token = self.has_room().then(|| self.rebases.pop_front())??;
+        if let Some(open) = self.session.as_mut().and_then(|s| s.files.get_mut(&token)) {
+            open.rebase_again &= open.rebase.is_some();
+        }
+        Some(token)
     }
 
     /// Sends, or keeps, one message; what goes wrong is seen to by the loop.
@@ -104,7 +122,7 @@ impl Conn {
     /// May it ask for more?
     pub(super) fn may_read(&self) -> bool {
         let in_flight = self.session.as_ref().map_or(0, |s| s.in_flight);
-        in_flight < IN_FLIGHT_MAX && !self.outbox.is_paused() && self.unsent.is_none()
+        in_flight < IN_FLIGHT_MAX && self.has_room()
     }
 
     /// What the poller should wait for.

@@ -219,3 +219,49 @@ fn local_changed_files_are_rebased() {
         assert!(matches!(host.admin(&AdminRequest::Audit), AdminReply::Audit(a) if a.ok));
     }
 }
+
+/// All that a fenced guest had open gets a new home. Who has the same files open, more than there is
+/// room for notices, hears of all of them as it reads, and is not taken for one who does not read.
+#[test]
+fn local_many_new_homes_at_once_fence_nobody_else() {
+    const FILES: usize = 1400;
+    let host = Host::new();
+    for n in 0..FILES {
+        std::fs::write(host.data().join(format!("f{n}")), b"x").unwrap();
+    }
+    let open_all = |name: &str| {
+        let mut guest = host.guest(name);
+        let root = guest.attach("data").unwrap();
+        for n in 0..FILES {
+            let (node, _) = guest.lookup(root, format!("f{n}").as_bytes()).unwrap();
+            let how = OpenHow::Map;
+            let came = guest.call(&Request::Open { node, how });
+            assert!(matches!(came.reply(), Reply::Opened { .. }));
+            guest.call(&Request::Renew);
+        }
+        guest
+    };
+    let mut honest = open_all("honest");
+    let evil = open_all("evil");
+    honest.call(&Request::Renew);
+    evil.channel.send(b"garbage", None).unwrap();
+    assert!(evil.end(Duration::from_secs(5)).is_some());
+    std::thread::sleep(Duration::from_millis(300));
+    let mut asked = std::collections::HashMap::new();
+    while asked.len() < FILES {
+        match notice(&mut honest) {
+            (Notice::Rebase { recall, file, .. }, came) => {
+                assert!(came.fd.is_some());
+                asked.insert(file, recall);
+            }
+            (other, _) => panic!("{other:?} after {} files", asked.len()),
+        }
+    }
+    for recall in asked.into_values() {
+        honest.post(&Request::Ack { recall });
+    }
+    assert!(matches!(
+        honest.call(&Request::Renew).reply(),
+        Reply::Renewed { .. }
+    ));
+}
