@@ -169,14 +169,22 @@ impl Channel {
         };
         let mut control = RecvAncillaryBuffer::new(&mut space[..room]);
         let flags = flags | RecvFlags::CMSG_CLOEXEC;
-        let received = rustix::io::retry_on_intr(|| {
-            rustix::net::recvmsg(
-                &self.socket,
-                &mut [IoSliceMut::new(buf)],
-                &mut control,
-                flags,
-            )
-        });
+        let mut receive = || {
+            rustix::io::retry_on_intr(|| {
+                rustix::net::recvmsg(
+                    &self.socket,
+                    &mut [IoSliceMut::new(buf)],
+                    &mut control,
+                    flags,
+                )
+            })
+        };
+        let received = match receive() {
+            // Said once, when the other end closed without having read all, and before what it had
+            // sent by then (net/unix/af_unix.c, unix_release_sock).
+            Err(Errno::CONNRESET) => receive(),
+            other => other,
+        };
         // Alignment leaves room for a second descriptor: whatever is not the first is closed here.
         let fd = control
             .drain()
