@@ -139,6 +139,145 @@ impl<'a> VolatileBytes<'a> {
     }
 }
 
+/// A readable and writable view of `len` bytes that others may read and write at any time.
+#[derive(Clone, Copy)]
+pub struct VolatileBytesMut<'a> {
+    start: *mut u8,
+    len: usize,
+    memory: PhantomData<&'a ()>,
+}
+
+// SAFETY: all accesses are volatile and each whole for one byte or one aligned word; that others
+// read and write the same memory at the same time is what the view is for.
+unsafe impl Send for VolatileBytesMut<'_> {}
+// SAFETY: as for Send; the view has no state besides.
+unsafe impl Sync for VolatileBytesMut<'_> {}
+
+impl<'a> VolatileBytesMut<'a> {
+    /// A view of `len` bytes from `start`.
+    ///
+    /// # Safety
+    /// The range must be mapped for reading and writing for all of `'a`, must not wrap around, and
+    /// no Rust reference may point into it meanwhile.
+    pub const unsafe fn new(start: *mut u8, len: usize) -> Self {
+        Self {
+            start,
+            len,
+            memory: PhantomData,
+        }
+    }
+
+    /// The same memory, for reading.
+    pub const fn read_only(&self) -> VolatileBytes<'a> {
+        VolatileBytes {
+            start: self.start.cast_const(),
+            len: self.len,
+            memory: PhantomData,
+        }
+    }
+
+    /// Bytes in the view.
+    pub const fn len(&self) -> usize {
+        self.len
+    }
+
+    /// No bytes.
+    pub const fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Where the view begins, for system calls and displays.
+    pub const fn as_mut_ptr(&self) -> *mut u8 {
+        self.start
+    }
+
+    /// Part of the view; `None` when the range is not within it.
+    pub fn range(&self, range: impl RangeBounds<usize>) -> Option<Self> {
+        let part = self.read_only().range(range)?;
+        Some(Self {
+            start: part.start.cast_mut(),
+            len: part.len,
+            memory: PhantomData,
+        })
+    }
+
+    /// Copies `bytes` to `offset`; gives how many there was room for. Each aligned word of eight
+    /// bytes appears whole.
+    pub fn write_from(&self, offset: usize, bytes: &[u8]) -> usize {
+        let count = bytes.len().min(self.len.saturating_sub(offset));
+        let bytes = &bytes[..count];
+        let to = self.start.wrapping_add(offset);
+        let head = to.align_offset(8).min(count);
+        let (first, rest) = bytes.split_at(head);
+        write_bytes(to, first);
+        let mut at = to.wrapping_add(head);
+        let mut words = rest.chunks_exact(8);
+        for word in &mut words {
+            let mut value = [0; 8];
+            value.copy_from_slice(word);
+            // SAFETY: `at` is within the view (the chunk is within `count`) and was aligned to 8
+            // above; the view's maker answers for its being writable.
+            unsafe { at.cast::<u64>().write_volatile(u64::from_ne_bytes(value)) };
+            at = at.wrapping_add(8);
+        }
+        write_bytes(at, words.remainder());
+        count
+    }
+
+    /// Writes the byte at `offset`. `false`: it is past the end.
+    #[must_use]
+    pub fn write_u8(&self, offset: usize, value: u8) -> bool {
+        self.write_from(offset, &[value]) == 1
+    }
+
+    /// Writes four bytes at `offset` as a little-endian number, in one access when the address is
+    /// aligned. `false`: they are not all in the view, and nothing was written.
+    #[must_use]
+    pub fn write_u32(&self, offset: usize, value: u32) -> bool {
+        let Some(view) = offset
+            .checked_add(4)
+            .and_then(|end| self.range(offset..end))
+        else {
+            return false;
+        };
+        if view.start.align_offset(4) == 0 {
+            // SAFETY: four bytes within the view, aligned; its maker answers for its being
+            // writable.
+            unsafe { view.start.cast::<u32>().write_volatile(value.to_le()) };
+            return true;
+        }
+        view.write_from(0, &value.to_le_bytes()) == 4
+    }
+
+    /// Writes eight bytes at `offset` as a little-endian number, in one access when the address is
+    /// aligned. `false`: they are not all in the view, and nothing was written.
+    #[must_use]
+    pub fn write_u64(&self, offset: usize, value: u64) -> bool {
+        let Some(view) = offset
+            .checked_add(8)
+            .and_then(|end| self.range(offset..end))
+        else {
+            return false;
+        };
+        view.write_from(0, &value.to_le_bytes()) == 8
+    }
+}
+
+impl std::fmt::Debug for VolatileBytesMut<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "VolatileBytesMut({:p}, {} bytes)", self.start, self.len)
+    }
+}
+
+/// Copies `bytes` to `to`, where the caller has checked that they are within its view.
+fn write_bytes(to: *mut u8, bytes: &[u8]) {
+    for (at, &byte) in bytes.iter().enumerate() {
+        // SAFETY: within the view, as the caller has checked; its maker answers for its being
+        // writable.
+        unsafe { to.wrapping_add(at).write_volatile(byte) };
+    }
+}
+
 /// Copies `out.len()` bytes from `from`, which the caller has checked to be within its view.
 fn read_bytes(from: *const u8, out: &mut [u8]) {
     for (at, byte) in out.iter_mut().enumerate() {
@@ -195,5 +334,31 @@ mod tests {
         );
         assert_eq!(view.range(..=1).map(|part| part.len()), Some(2));
         assert!(view.range(9..).is_some_and(|part| part.is_empty()));
+    }
+
+    #[test]
+    fn what_is_written_is_read_back_and_nothing_beside_it() {
+        let mut memory = [0u64; 8];
+        // SAFETY: the array is readable and writable while the view is used, and nobody else uses
+        // it meanwhile.
+        let view = unsafe { VolatileBytesMut::new(memory.as_mut_ptr().cast(), 64) };
+        let bytes: Vec<u8> = (1..=64).collect();
+        for from in 0..64 {
+            for len in 0..=64 - from {
+                assert_eq!(view.write_from(0, &[0; 64]), 64);
+                assert_eq!(view.write_from(from, &bytes[..len]), len);
+                let all = view.read_only().to_vec();
+                assert_eq!(all[from..from + len], bytes[..len]);
+                assert!(all[..from].iter().all(|&b| b == 0));
+                assert!(all[from + len..].iter().all(|&b| b == 0));
+            }
+        }
+        assert_eq!(view.write_from(60, &bytes), 4);
+        assert_eq!(view.write_from(usize::MAX, &bytes), 0);
+        assert!(view.write_u32(60, 7) && !view.write_u32(61, 7));
+        assert!(!view.write_u32(usize::MAX, 7) && !view.write_u64(57, 7));
+        assert!(view.write_u64(3, 0x0102_0304_0506_0708) && view.write_u32(1, 9));
+        assert_eq!(view.read_only().read_u64(3), Some(0x0102_0304_0506_0000));
+        assert!(view.range(3..65).is_none() && view.range(63..).is_some());
     }
 }
