@@ -18,6 +18,7 @@ pub mod table;
 #[cfg(test)]
 mod testing;
 pub mod volatile;
+pub mod xen;
 
 pub use backend::{
     Access, Backend, Capabilities, DomainEnd, GrantInfo, HomeSpec, LedgerAudit, Revocation,

@@ -1,0 +1,5 @@
+//! The backend for Xen hosts, and what guests and daemon need of a hypervisor's libraries.
+
+pub mod lib;
+
+pub use lib::{Presence, Role, XenError, here};
