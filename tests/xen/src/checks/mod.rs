@@ -1,0 +1,64 @@
+//! The checks: a function and a line each.
+//!
+//! A check gets a machine with nothing in it but dom0. What it returns is what it saw; an error, a panic
+//! and a domain that does not go away afterwards are failures.
+
+mod basic;
+
+use crate::lab::Lab;
+use anyhow::Result;
+
+/// A check.
+pub struct Check {
+    /// What it is called by.
+    pub name: &'static str,
+    /// How long it may take, in s. Three times what it takes on a quiet machine.
+    pub limit_s: u64,
+    /// What it shows.
+    pub shows: &'static str,
+    /// What it does; returns what was seen.
+    pub run: fn(&Lab) -> Result<String>,
+}
+
+const fn check(
+    name: &'static str,
+    limit_s: u64,
+    shows: &'static str,
+    run: fn(&Lab) -> Result<String>,
+) -> Check {
+    Check {
+        name,
+        limit_s,
+        shows,
+        run,
+    }
+}
+
+/// All of them, in the order they run in when none is named.
+pub const CHECKS: &[Check] = &[
+    check("boot", 30, "Xen and dom0 are up", basic::boot),
+    check(
+        "guests",
+        180,
+        "PV and PVH guests of each Linux run commands",
+        basic::guests,
+    ),
+    check(
+        "helpers",
+        120,
+        "daemons and commands are started, limited and ended",
+        basic::helpers,
+    ),
+    check(
+        "doctor",
+        120,
+        "copage doctor in dom0 and in a guest",
+        basic::doctor,
+    ),
+    check(
+        "cache-domain",
+        30,
+        "a paused domain is made, listed, destroyed",
+        basic::cache_domain,
+    ),
+];

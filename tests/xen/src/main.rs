@@ -1,0 +1,111 @@
+//! The laboratory's own program, one for all places:
+//!
+//!     copage-xen-lab list | limit [NAME…]       on any machine: which checks there are, how long they may take
+//!     copage-xen-lab run --dir DIR [NAME…]      in dom0: runs checks, writes DIR/results
+//!     copage-xen-lab shell                      in dom0: starts a guest for a person
+//!     copage-xen-lab in GUEST COMMAND…          in dom0: a command in a guest
+//!     copage-xen-lab agent                      in a guest: does what dom0 asks for
+//!     copage-xen-lab do PROGRAM [ARGUMENT…]     in a guest: a program that a check needs there
+#![forbid(unsafe_code)]
+
+mod agent;
+mod checks;
+mod daemon;
+mod guest;
+mod job;
+mod lab;
+mod output;
+mod programs;
+mod runner;
+mod store;
+
+use anyhow::{Context, Result, bail};
+use checks::{CHECKS, Check};
+use guest::{Guest, Kind};
+use lab::Lab;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+/// How long the emulated machine may take to boot, in s.
+const BOOT_S: u64 = 90;
+
+fn main() -> Result<ExitCode> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match &words[..] {
+        ["list"] => {
+            for Check {
+                name,
+                limit_s,
+                shows,
+                ..
+            } in CHECKS
+            {
+                println!("{name:<14} {shows} (at most {limit_s} s)");
+            }
+        }
+        ["limit", names @ ..] => {
+            let chosen = chosen(names)?;
+            let each = |c: &&Check| c.limit_s + runner::GRACE.as_secs();
+            println!("{}", BOOT_S + chosen.iter().map(each).sum::<u64>());
+        }
+        ["run", "--dir", dir, names @ ..] => {
+            if !runner::run(&chosen(names)?, Path::new(dir))? {
+                return Ok(ExitCode::FAILURE);
+            }
+        }
+        ["shell"] => shell()?,
+        ["in", name, command @ ..] => return in_guest(name, &command.join(" ")),
+        ["agent"] => agent::serve()?,
+        ["do", name, arguments @ ..] => {
+            let program = programs::PROGRAMS.iter().find(|p| p.0 == *name);
+            program
+                .with_context(|| format!("no such program: {name}"))?
+                .1(arguments)?;
+        }
+        _ => bail!("copage-xen-lab list|limit|run|shell|in|agent|do …"),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn chosen(names: &[&str]) -> Result<Vec<&'static Check>> {
+    if names.is_empty() {
+        return Ok(CHECKS.iter().collect());
+    }
+    let find = |name: &&str| {
+        let found = CHECKS.iter().find(|c| c.name == *name);
+        found.with_context(|| format!("no check is named {name} (see --list)"))
+    };
+    names.iter().map(find).collect()
+}
+
+/// Leaves a guest running behind.
+fn shell() -> Result<()> {
+    let lab = Lab::new("shell", Path::new("/share"))?;
+    let guest = Guest::create(&lab, &guest::Setup::new(Kind::Pvh, "guest1", 192))?;
+    println!("waiting for a guest …");
+    guest.ready()?;
+    println!(
+        "guest1 is domain {}: `guest COMMAND…` runs a command in it, `xl console guest1` is its console, \
+         `exit` ends all",
+        guest.domid()
+    );
+    std::mem::forget(guest);
+    Ok(())
+}
+
+fn in_guest(name: &str, command: &str) -> Result<ExitCode> {
+    let lab = Lab::new("shell", Path::new("/share"))?;
+    let domid = lab.sh(&format!("xl domid {name}"))?.text()?.parse()?;
+    let guest = Guest::existing(&lab, name, domid, Instant::now())?;
+    let output = guest.run_for(command, Duration::from_secs(3600));
+    std::mem::forget(guest);
+    let output = output?;
+    print!("{}", output.stdout);
+    eprint!("{}", output.stderr);
+    Ok(match output.ended {
+        job::Ended::Exit(code) => ExitCode::from(u8::try_from(code).unwrap_or(255)),
+        job::Ended::Signal(_) => ExitCode::FAILURE,
+    })
+}
