@@ -159,6 +159,9 @@ impl Cache {
         if !waiter.issued && issue {
             waiter.issued = true;
             self.issue(file, inner, first, first + window);
+            if inner.sequence.0 >= u64::from(first) + u64::from(window) {
+                self.read_ahead(file, inner);
+            }
         }
         if inner
             .flights
@@ -174,12 +177,14 @@ impl Cache {
         if inner.scratch.0.is_empty() {
             return self.again(file, inner, waiter, (first, first + count), issue);
         }
+        self.cut_scratch(inner);
         let count = inner.scratch.0.len() as u32;
         let result = match self.grant_scratch(inner, waiter.who) {
             Ok(()) => Ok(FaultDone::Granted {
                 generation,
                 first: PageIndex(first.into()),
                 count,
+                grants: self.granted_refs(inner),
             }),
             Err(NoGrant::Room(e)) => return Step::Room(waiter, count, e),
             Err(NoGrant::Failed(e)) => Err(e),
@@ -243,6 +248,11 @@ impl Cache {
                 .any(|f| f.overlaps(generation, first, last))
             {
                 return Step::Wait(waiter);
+            }
+            // They must all be there at once; else each would push out the one before, for ever.
+            if last - first > self.frames.lock().movable() {
+                self.fail(file, inner, waiter, CacheError::NoFrames);
+                return Step::Done;
             }
             return self.again(file, inner, waiter, (first, last), issue);
         }

@@ -42,8 +42,17 @@ pub struct FileState {
     pub host_bounded: bool,
 }
 
+/// The entries by which a guest maps pages that it was granted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GrantedRefs {
+    /// The domain whose table holds them.
+    pub granter: DomId,
+    /// One for each page, in order.
+    pub refs: Vec<u32>,
+}
+
 /// The end of a fault.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FaultDone {
     /// The pages are there and granted. Begins at the first page asked for, holds at least that one,
     /// may hold fewer or more than were asked for.
@@ -54,6 +63,8 @@ pub enum FaultDone {
         first: PageIndex,
         /// How many.
         count: u32,
+        /// By what the guest maps them; `None` where it has a descriptor.
+        grants: Option<GrantedRefs>,
     },
     /// The guest's generation is not the newest, which is this.
     Stale(FileState),

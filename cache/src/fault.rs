@@ -3,11 +3,11 @@
 use crate::cache::{Cache, now_ms};
 use crate::config::Holder;
 use crate::error::CacheError;
-use crate::events::{FaultDone, FaultHint, FaultOutcome};
+use crate::events::{FaultDone, FaultHint, FaultOutcome, GrantedRefs};
 use crate::file::{CachedFile, Inner, WaitKind, Waiter};
 use crate::limits::{
-    FAULT_PAGES_MAX, FILE_WAITERS_MAX, FILL_PAGES_MAX, HUGE_PAGES, READ_BYTES_MAX,
-    READAHEAD_DIVISOR,
+    FAULT_PAGES_MAX, FILE_WAITERS_MAX, FILL_PAGES_MAX, HUGE_PAGES, READ_AHEAD_FLIGHTS_MAX,
+    READ_AHEAD_PAGES_MIN, READ_BYTES_MAX, READAHEAD_DIVISOR,
 };
 use copage_grants::{Access, GrantError, PageIndex, pages_for};
 use std::sync::Arc;
@@ -124,20 +124,49 @@ impl Cache {
             )));
         }
         let page = first.0 as u32;
-        let count = count.min((pages - first.0) as u32);
-        if !home.index.get_run(page, count, &mut inner.scratch.0) {
+        let left = (pages - first.0) as u32;
+        let count = count.min(left);
+        // Who reads on gets what was read ahead for it in windows as large as it has earned.
+        let wide = match (hint, inner.sequence) {
+            (FaultHint::Sequential, (end, grown)) if end >= first.0 => count.max(grown.min(left)),
+            _ => count,
+        };
+        home.index.get_run(page, wide, &mut inner.scratch.0);
+        if inner.scratch.0.len() < count as usize {
             return Ok(None);
         }
+        self.cut_scratch(inner);
+        let count = inner.scratch.0.len() as u32;
         self.grant_scratch(inner, who)?;
+        let grants = self.granted_refs(inner);
         if hint == FaultHint::Sequential {
-            inner.sequence = (first.0 + u64::from(count), inner.sequence.1.max(count));
+            let grown = inner.sequence.1.max(count).saturating_mul(2);
+            let grown = grown.min(self.longest_window(count));
+            inner.sequence = (first.0 + u64::from(count), grown);
+            self.read_ahead(file, inner);
         }
         self.counters.fault_hits.fetch_add(1, Relaxed);
         Ok(Some(FaultDone::Granted {
             generation,
             first,
             count,
+            grants,
         }))
+    }
+
+    /// An answer names one granter only: leaves the first frames in `inner.scratch`, whose entries are
+    /// in one table.
+    pub(crate) fn cut_scratch(&self, inner: &mut Inner) {
+        let frames = &mut inner.scratch.0;
+        frames.truncate(self.backend.in_one_table(frames));
+    }
+
+    /// By what the guest maps what [`Cache::grant_scratch`] granted.
+    pub(crate) fn granted_refs(&self, inner: &Inner) -> Option<GrantedRefs> {
+        let grants = &inner.scratch.1;
+        let granter = self.backend.granter(grants.first()?.table)?;
+        let refs = grants.iter().map(|grant| grant.gref.0).collect();
+        Some(GrantedRefs { granter, refs })
     }
 
     /// Grants the frames in `inner.scratch` to `who`. The file's lock is held, so that none of them is
@@ -174,11 +203,13 @@ impl Cache {
         if hint != FaultHint::Sequential {
             return count;
         }
+        let longest = self.longest_window(count);
         let (end, before) = inner.sequence;
-        let budget = self.frames.lock().budget() / READAHEAD_DIVISOR;
-        let longest = self.config.readahead_pages_max.min(budget).max(count);
+        // It may have been given less than it was meant to have, what was there by then.
+        let behind = end.saturating_sub(first.into());
+        let goes_on = before > 0 && u64::from(first) <= end && behind <= 2 * u64::from(before);
         let mut window = count;
-        if u64::from(first) == end && before > 0 {
+        if goes_on {
             window = before.saturating_mul(2).clamp(count, longest);
         }
         // What it has grown to, whatever the border makes of it this time.
@@ -190,8 +221,28 @@ impl Cache {
         }
         let left = (pages_for(inner.state.bytes) as u32).saturating_sub(first);
         window = window.min(left).clamp(count, FILL_PAGES_MAX.max(count));
-        inner.sequence = (u64::from(first + window), grown);
+        let reached = if goes_on { end } else { 0 };
+        inner.sequence = (reached.max(u64::from(first + window)), grown);
         window
+    }
+
+    /// The longest window of a reader that asks for `count` pages at a time.
+    fn longest_window(&self, count: u32) -> u32 {
+        let share = self.frames.lock().budget() / READAHEAD_DIVISOR;
+        self.config.readahead_pages_max.min(share).max(count)
+    }
+
+    /// Has the window behind the newest one of a sequence brought while the guest reads that one.
+    pub(crate) fn read_ahead(&self, file: &Arc<CachedFile>, inner: &mut Inner) {
+        let (end, grown) = inner.sequence;
+        let window = grown.min(self.longest_window(1));
+        // A short sequence may be none, and a pool that is behind gains nothing by more work.
+        if grown < READ_AHEAD_PAGES_MIN || inner.flights.len() >= READ_AHEAD_FLIGHTS_MAX {
+            return;
+        }
+        if let Ok(first) = u32::try_from(end) {
+            self.issue(file, inner, first, first.saturating_add(window));
+        }
     }
 
     /// Copies up to `len` bytes (at most 128 KiB) from `offset`; [`crate::CacheEvent::Read`] answers.

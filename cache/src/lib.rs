@@ -49,7 +49,8 @@ pub use config::{
 };
 pub use error::CacheError;
 pub use events::{
-    CacheEvent, EventSink, FaultDone, FaultHint, FaultOutcome, FileState, OpenDone, OpenHow,
+    CacheEvent, EventSink, FaultDone, FaultHint, FaultOutcome, FileState, GrantedRefs, OpenDone,
+    OpenHow,
     RecallEnd, RecallReason,
 };
 pub use file::{CachedFile, FileId};

@@ -37,6 +37,12 @@ pub const WATERMARK_FRAMES_MAX: u32 = 1024;
 pub const WATERMARK_DIVISOR: u32 = 64;
 /// Readahead takes at most the budget divided by this, so that one reader cannot sweep it clean.
 pub const READAHEAD_DIVISOR: u32 = 8;
+
+/// Sequences whose window has grown to this many pages have the next window read ahead.
+pub const READ_AHEAD_PAGES_MIN: u32 = 64;
+
+/// Fills of one file under way beyond which nothing is read ahead.
+pub const READ_AHEAD_FLIGHTS_MAX: usize = 2;
 /// Pinned and quarantined frames may be all of the budget but this share of it (1/8): faults of
 /// others need something to turn over.
 pub const PIN_RESERVE_DIVISOR: u32 = 8;

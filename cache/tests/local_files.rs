@@ -33,7 +33,8 @@ fn local_pages_are_those_of_the_file_and_the_tail_is_zero() {
         FaultDone::Granted {
             generation,
             first: PageIndex(3),
-            count: 2
+            count: 2,
+            grants: None,
         }
     );
     assert_eq!(rig.cache.stats().fault_hits, 1);

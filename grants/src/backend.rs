@@ -5,7 +5,7 @@
 //! unless the backend can force it. `local` keeps to the same protocol with processes as guests.
 
 use crate::error::GrantError;
-use crate::ids::{DomId, FrameNo, Grant, HomeId, PageIndex, TrustClass};
+use crate::ids::{DomId, FrameNo, Grant, HomeId, PageIndex, TableId, TrustClass};
 use std::os::fd::OwnedFd;
 
 /// What a backend can do, asked at run time. The daemon refuses what it cannot do safely.
@@ -78,6 +78,9 @@ pub struct LedgerAudit {
     pub entries: u64,
     /// Grants in the ledger.
     pub grants: u64,
+    /// Entries of an earlier life of the daemon that are still in use: of frames that
+    /// [`Backend::unusable_frames`] tells.
+    pub left_over: u64,
     /// One line for each difference, at most a hundred; empty when ledger and tables are equal.
     pub differences: Vec<String>,
 }
@@ -156,6 +159,17 @@ pub trait Backend: Send + Sync {
     /// `Ok(false)`: not here, nothing changed.
     fn make_huge(&self, home: HomeId, first: PageIndex) -> Result<bool, GrantError>;
 
+    /// From now on entries of the session `dom` name the domain `domid` of the hypervisor; said before
+    /// its first grant. Several sessions may be of one domain. Refused while entries of `dom` are left
+    /// that name another. (local: a session is all there is.)
+    fn bind(&self, dom: DomId, domid: u16) -> Result<(), GrantError>;
+
+    /// The domain that guests map entries of a table from; `None` where they use descriptors.
+    fn granter(&self, table: TableId) -> Option<DomId>;
+
+    /// How many of the first of `frames` have their entries in one table.
+    fn in_one_table(&self, frames: &[FrameNo]) -> usize;
+
     /// Writes one entry for each frame that `dom` has no grant of yet and puts the entry of each
     /// frame in `out`, in order. All or nothing: on error no entry is new.
     fn grant(
@@ -201,6 +215,15 @@ pub trait Backend: Send + Sync {
 
     /// Sets how many grants `dom` may hold; replaces an earlier limit.
     fn set_grants_max(&self, dom: DomId, grants_max: u64);
+
+    /// Puts the frames in `out` that must not be used yet, because a domain has them mapped since an
+    /// earlier life of the daemon: they are in quarantine from the start. Looks at the entries anew
+    /// and frees those that are not in use any more. (local: none; the frames ended with the daemon.)
+    fn unusable_frames(&self, out: &mut Vec<FrameNo>);
+
+    /// The daemon stops for good: gives back what would outlive its process, as far as nobody has it
+    /// mapped. The backend is not used afterwards. An error tells what must stay.
+    fn stop(&self) -> Result<(), GrantError>;
 
     /// Calls `visit` for every live grant.
     fn each_grant(&self, visit: &mut dyn FnMut(GrantInfo));

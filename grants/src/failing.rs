@@ -8,7 +8,7 @@ use crate::backend::{
     Access, Backend, Capabilities, DomainEnd, GrantInfo, HomeSpec, LedgerAudit, Revocation,
 };
 use crate::error::GrantError;
-use crate::ids::{DomId, FrameNo, Grant, HomeId, PAGE_SIZE, PAGE_SIZE_U64, PageIndex};
+use crate::ids::{DomId, FrameNo, Grant, HomeId, PAGE_SIZE, PAGE_SIZE_U64, PageIndex, TableId};
 use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::io;
@@ -276,6 +276,18 @@ impl Backend for FailingBackend {
         self.inner.make_huge(home, first)
     }
 
+    fn bind(&self, dom: DomId, domid: u16) -> Result<(), GrantError> {
+        self.inner.bind(dom, domid)
+    }
+
+    fn granter(&self, table: TableId) -> Option<DomId> {
+        self.inner.granter(table)
+    }
+
+    fn in_one_table(&self, frames: &[FrameNo]) -> usize {
+        self.inner.in_one_table(frames)
+    }
+
     fn grant(
         &self,
         dom: DomId,
@@ -345,6 +357,14 @@ impl Backend for FailingBackend {
 
     fn set_grants_max(&self, dom: DomId, grants_max: u64) {
         self.inner.set_grants_max(dom, grants_max);
+    }
+
+    fn unusable_frames(&self, out: &mut Vec<FrameNo>) {
+        self.inner.unusable_frames(out);
+    }
+
+    fn stop(&self) -> Result<(), GrantError> {
+        self.inner.stop()
     }
 
     fn each_grant(&self, visit: &mut dyn FnMut(GrantInfo)) {

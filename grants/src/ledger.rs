@@ -86,6 +86,21 @@ impl Ledger {
         Some(base)
     }
 
+    /// Takes slots of the newest span, none of which was ever used, out of use; [`Ledger::put_back`]
+    /// ends that. `is_out` tells them.
+    pub(crate) fn leave_out(&mut self, base: Slot, reserved: u32, is_out: impl Fn(Slot) -> bool) {
+        let end = self.slots();
+        let at = base.saturating_add(reserved).min(end);
+        if let Some(span) = self.spans.last_mut() {
+            *span = Span::of_free(at, end, &mut self.ages, |slot| !is_out(slot));
+        }
+    }
+
+    /// A slot that was left out is free.
+    pub(crate) fn put_back(&mut self, span: usize, slot: Slot) {
+        self.spans[span].give(slot, &mut self.ages);
+    }
+
     /// Free slots of a span; none of one that there is not.
     #[inline]
     pub(crate) fn available(&self, span: usize) -> u32 {

@@ -1,10 +1,10 @@
 //! Every constant of this crate: its unit, the reason for it, and the bound of Xen or Linux that it
 //! respects.
 
-/// Entries 0 and 1 of every table are the toolstack's (xenstore and console,
-/// `GNTTAB_NR_RESERVED_ENTRIES` is 8 in the public header, the toolstack uses the first two) and
-/// are never used. The ledger also relies on 0 never naming a grant.
-pub const ENTRIES_RESERVED: u32 = 2;
+/// Entries of every table that are never used: `GNTTAB_NR_RESERVED_ENTRIES` of Xen's public
+/// grant_table.h, for the toolstack, which has the first two (console and xenstore). The ledger also
+/// relies on 0 never naming a grant.
+pub const ENTRIES_RESERVED: u32 = 8;
 
 /// Entries in one table of the local backend, when nothing else is asked. Memory is touched as
 /// entries are used: 22 bytes for each (8 for the entry, 14 for the ledger).

@@ -27,6 +27,21 @@ impl Span {
         }
     }
 
+    /// The slots of `at..end` that `is_free` says are.
+    pub(crate) fn of_free(
+        at: Slot,
+        end: Slot,
+        ages: &mut Ages,
+        is_free: impl Fn(Slot) -> bool,
+    ) -> Self {
+        let mut span = Self::new(end, end);
+        // From above, so that each run grows downwards into one.
+        for slot in (at..end).rev().filter(|&slot| is_free(slot)) {
+            span.give(slot, ages);
+        }
+        span
+    }
+
     /// Free slots of all runs.
     pub(crate) fn free(&self) -> u32 {
         self.free

@@ -5,6 +5,7 @@
 //! that show a mapping (`xen`: the hypervisor; `local`: the daemon itself).
 
 mod audit;
+mod left_over;
 
 use crate::backend::{Access, DomainEnd, Revocation};
 use crate::entry::{Entry, EntryMemory};
@@ -13,7 +14,7 @@ use crate::ids::{DomId, FrameNo, Grant, GrantRef, TableId};
 use crate::ledger::{Ledger, Slot};
 use crate::limits::{ENTRIES_RESERVED, FRAMES_MAX, GRANTS_PER_LOCK_HOLD};
 use parking_lot::Mutex;
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
 
 /// Where frames are.
@@ -21,6 +22,12 @@ pub trait Placement: Send + Sync {
     /// The table that entries of `frame` go into (as numbered by [`GrantTables::add_table`]) and
     /// the frame as its entries call it.
     fn place(&self, frame: FrameNo) -> (TableId, u32);
+
+    /// Whom entries of a session name.
+    #[inline]
+    fn domid(&self, dom: DomId) -> DomId {
+        dom
+    }
 }
 
 struct Table<M> {
@@ -32,6 +39,8 @@ struct Table<M> {
 struct Inner<M> {
     ledger: Ledger,
     tables: Vec<Table<M>>,
+    /// Entries of an earlier life that are in use still, with their frames.
+    left_over: BTreeMap<Slot, Option<FrameNo>>,
 }
 
 /// Tables, ledger, and where frames are.
@@ -41,6 +50,19 @@ pub struct GrantTables<M, P> {
 }
 
 impl<M: EntryMemory> Inner<M> {
+    /// Slots for the entries of the next table.
+    fn add_span(&mut self, memory: &M) -> Result<(TableId, Slot), GrantError> {
+        let full = |entries| GrantError::TableFull { entries };
+        let have = u64::from(self.ledger.slots());
+        let id = u16::try_from(self.tables.len()).map_err(|_| full(have))?;
+        let entries = u32::try_from(memory.entries().len()).map_err(|_| full(have))?;
+        let base = self
+            .ledger
+            .add_span(entries, ENTRIES_RESERVED)
+            .ok_or_else(|| full(have))?;
+        Ok((TableId(id), base))
+    }
+
     /// The table of a slot and its entry's number there.
     #[inline]
     fn locate(&self, slot: Slot) -> (usize, u32) {
@@ -87,6 +109,7 @@ impl<M: EntryMemory, P: Placement> GrantTables<M, P> {
             inner: Mutex::new(Inner {
                 ledger: Ledger::default(),
                 tables: Vec::new(),
+                left_over: BTreeMap::new(),
             }),
             placement,
         }
@@ -94,17 +117,10 @@ impl<M: EntryMemory, P: Placement> GrantTables<M, P> {
 
     /// Adds a table, all of whose entries but the reserved ones are free.
     pub fn add_table(&self, memory: M) -> Result<TableId, GrantError> {
-        let full = |entries| GrantError::TableFull { entries };
         let inner = &mut *self.inner.lock();
-        let have = u64::from(inner.ledger.slots());
-        let id = u16::try_from(inner.tables.len()).map_err(|_| full(have))?;
-        let entries = u32::try_from(memory.entries().len()).map_err(|_| full(have))?;
-        let base = inner
-            .ledger
-            .add_span(entries, ENTRIES_RESERVED)
-            .ok_or_else(|| full(have))?;
+        let (id, base) = inner.add_span(&memory)?;
         inner.tables.push(Table { memory, base });
-        Ok(TableId(id))
+        Ok(id)
     }
 
     /// [`crate::Backend::grant`]. With `mapped` the entries show a mapping from the start, and
@@ -195,6 +211,7 @@ impl<M: EntryMemory, P: Placement> GrantTables<M, P> {
         let table = &inner.tables[usize::from(id.0)];
         let grefs = slots.start - table.base..slots.end - table.base;
         let entries = &table.memory.entries()[grefs.start as usize..grefs.end as usize];
+        let dom = self.placement.domid(dom);
         for (entry, &frame) in entries.iter().zip(frames) {
             entry.publish(dom, access, self.placement.place(frame).1, mapped);
         }

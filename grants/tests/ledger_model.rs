@@ -5,13 +5,14 @@
 #![allow(clippy::unwrap_used, clippy::panic)] // Tests.
 
 use copage_grants::entry::{Entry, EntryMemory, OwnEntries};
+use copage_grants::limits::ENTRIES_RESERVED;
 use copage_grants::table::{GrantTables, Placement};
 use copage_grants::{Access, DomId, FrameNo, Grant, GrantError, Revocation, TableId};
 use proptest::prelude::*;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-const ENTRIES: u32 = 24;
+const ENTRIES: u32 = 22 + ENTRIES_RESERVED;
 const FRAMES: u32 = 16;
 const DOMS: u16 = 4;
 
@@ -158,7 +159,7 @@ impl World {
                 .iter()
                 .filter(|&&frame| self.spread.table(frame) == table)
                 .count()
-                > ENTRIES as usize - 2
+                > ENTRIES as usize - ENTRIES_RESERVED as usize
         });
         let mut out = vec![];
         let result = self.tables.grant(
@@ -173,7 +174,7 @@ impl World {
                 assert!(!over && !full);
                 assert_eq!(out.len(), frames.len());
                 for (&frame, &grant) in frames.iter().zip(&out) {
-                    assert!(grant.gref.0 >= 2);
+                    assert!(grant.gref.0 >= ENTRIES_RESERVED);
                     assert_eq!(u32::from(grant.table.0), self.spread.table(frame));
                     self.model.ages += 1;
                     let held = Held {
@@ -340,7 +341,7 @@ fn xen_the_audit_sees_every_kind_of_difference() {
     assert!(entry(0).revoke());
     entry(2).publish(DomId(2), Access::ReadOnly, 1002, false);
     entry(4).publish(DomId(1), Access::ReadWrite, 1004, false);
-    world.memory[1].entries()[9].publish(DomId(1), Access::ReadOnly, 1, false);
+    world.memory[1].entries()[20].publish(DomId(1), Access::ReadOnly, 1, false);
     let audit = world.tables.audit();
     assert_eq!(audit.differences.len(), 4, "{:#?}", audit.differences);
     assert_eq!((audit.entries, audit.grants), (3, 3));

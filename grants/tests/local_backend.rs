@@ -2,6 +2,7 @@
 //! see (the workspace's tests do, with processes), nor anything about Xen.
 #![allow(clippy::unwrap_used, clippy::panic)] // Tests.
 
+use copage_grants::limits::ENTRIES_RESERVED;
 use copage_grants::{
     Access, Backend, DomId, FrameNo, FrameStore, GrantError, HomeId, HomeSpec, LocalBackend,
     LocalConfig, PAGE_SIZE, PageIndex, Revocation, TrustClass,
@@ -216,7 +217,7 @@ fn local_without_force_only_the_guest_or_its_end_lets_go() {
 #[test]
 fn local_limits_hold() {
     let config = LocalConfig {
-        entries: 12,
+        entries: 10 + ENTRIES_RESERVED,
         ..LocalConfig::default()
     };
     let backend = LocalBackend::new(config).unwrap();
@@ -251,8 +252,8 @@ fn local_limits_hold() {
         .grant(DomId(2), Access::ReadOnly, &frames(0..7), &mut out)
         .unwrap();
     assert!(
-        out.iter().all(|grant| grant.gref.0 >= 2),
-        "entries 0 and 1 are the toolstack's"
+        out.iter().all(|grant| grant.gref.0 >= ENTRIES_RESERVED),
+        "the first entries are the toolstack's"
     );
     let otherwise = backend.grant(DomId(2), Access::ReadWrite, &frames(0..1), &mut out);
     assert!(matches!(otherwise, Err(GrantError::BadRange(_))));

@@ -137,14 +137,22 @@ impl FrameTable {
         self.budget.saturating_sub(self.used())
     }
 
+    /// The part of the budget that is neither pinned nor in quarantine. What is given back ahead of
+    /// need is a share of this: a share of the whole budget could be all of it, and every page would
+    /// be gone before its guest has looked.
+    pub(crate) fn movable(&self) -> u32 {
+        let stuck = self.count(FrameState::Held) + self.count(FrameState::Quarantined);
+        self.budget.saturating_sub(stuck)
+    }
+
     /// Below this many available frames, some are given back ahead of need.
     pub(crate) fn watermark(&self) -> u32 {
-        (self.budget / WATERMARK_DIVISOR).min(WATERMARK_FRAMES_MAX)
+        (self.movable() / WATERMARK_DIVISOR).min(WATERMARK_FRAMES_MAX)
     }
 
     /// How many frames are given back in one go: not so many that what was just granted goes too.
     pub(crate) fn batch(&self) -> u32 {
-        RECLAIM_BATCH.min(self.budget / 8).max(1)
+        RECLAIM_BATCH.min(self.movable() / 8).max(1)
     }
 
     /// Could anything be given back, now or when somebody answers?

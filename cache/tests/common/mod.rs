@@ -232,6 +232,7 @@ impl Rig {
                     generation: g,
                     first: f,
                     count,
+                    ..
                 } => {
                     assert_eq!((g, f.0), (generation, first));
                     return Ok((g, count));
@@ -271,7 +272,7 @@ impl Rig {
                 return;
             }
         }
-        panic!("page {page} never came");
+        panic!("page {page} never came: {:?}", self.cache.stats());
     }
 
     pub fn read(

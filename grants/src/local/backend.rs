@@ -6,7 +6,7 @@ use crate::backend::{
     Access, Backend, Capabilities, DomainEnd, GrantInfo, HomeSpec, LedgerAudit, Revocation,
 };
 use crate::error::GrantError;
-use crate::ids::{DomId, FrameNo, Grant, HomeId, PAGE_SIZE, PageIndex};
+use crate::ids::{DomId, FrameNo, Grant, HomeId, PAGE_SIZE, PageIndex, TableId};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -104,6 +104,18 @@ impl Backend for LocalBackend {
         self.home(home)?.make_huge(first.0)
     }
 
+    fn bind(&self, _dom: DomId, _domid: u16) -> Result<(), GrantError> {
+        Ok(())
+    }
+
+    fn granter(&self, _table: TableId) -> Option<DomId> {
+        None
+    }
+
+    fn in_one_table(&self, frames: &[FrameNo]) -> usize {
+        frames.len()
+    }
+
     fn grant(
         &self,
         dom: DomId,
@@ -163,6 +175,12 @@ impl Backend for LocalBackend {
 
     fn set_grants_max(&self, dom: DomId, grants_max: u64) {
         self.tables.set_grants_max(dom, grants_max);
+    }
+
+    fn unusable_frames(&self, _out: &mut Vec<FrameNo>) {}
+
+    fn stop(&self) -> Result<(), GrantError> {
+        Ok(())
     }
 
     fn each_grant(&self, visit: &mut dyn FnMut(GrantInfo)) {

@@ -63,6 +63,16 @@ impl<M: EntryMemory, P: Placement> GrantTables<M, P> {
         let (table, gref) = inner.locate(slot);
         audit.entries += u64::from(!state.is_free() && gref >= ENTRIES_RESERVED);
         audit.grants += u64::from(held.is_some());
+        if let Some(frame) = inner.left_over.get(&slot) {
+            audit.left_over += 1;
+            let line = match frame {
+                Some(_) if held.is_none() => None,
+                _ => Some(format!(
+                    "entry {table}:{gref} was left over by an earlier daemon, {state:?} of {frame:?}"
+                )),
+            };
+            return audit_line(audit, line);
+        }
         let line = match held {
             // The reserved entries are the toolstack's business.
             None if state.is_free() || gref < ENTRIES_RESERVED => None,
@@ -73,7 +83,7 @@ impl<M: EntryMemory, P: Placement> GrantTables<M, P> {
                 let (id, name) = self.placement.place(held.frame);
                 let equal = usize::from(id.0) == table
                     && state.access() == Some(held.access)
-                    && state.dom == held.dom
+                    && state.dom == self.placement.domid(held.dom)
                     && state.frame == name;
                 if equal {
                     inner.ledger.check_slot(slot)

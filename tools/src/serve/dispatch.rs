@@ -12,6 +12,7 @@ use copage_coherence::msg::{
 };
 use copage_coherence::session::{Action, Event, Guest};
 use copage_grants::DomId;
+use copage_grants::channel::Peer;
 
 /// The longest name of an extended attribute, in bytes (`XATTR_NAME_MAX`, linux/limits.h).
 const XATTR_NAME_BYTES_MAX: usize = 255;
@@ -120,7 +121,14 @@ impl Ctx {
         if conn.hello.is_some() {
             return After::Close;
         }
-        let (guest, is_new) = match self.guests.identify(conn.peer.uid, name) {
+        let found = match &conn.peer {
+            Peer::Process(process) => self.guests.identify(process.uid, name),
+            Peer::Domain(domain) => {
+                let found = self.guests.identify_domain(domain, name);
+                found.map(|guest| (guest, false))
+            }
+        };
+        let (guest, is_new) = match found {
             Ok(found) => found,
             Err(error) => {
                 self.counts.sessions_refused += 1;
@@ -395,12 +403,17 @@ impl Ctx {
                 generation,
                 first,
                 count,
+                grants,
             } => {
+                let (granter, refs) = grants.map_or((DomId(0), Vec::new()), |g| {
+                    let refs = g.refs.iter().flat_map(|gref| gref.to_le_bytes());
+                    (g.granter, refs.collect())
+                });
                 let reply = Reply::Granted {
                     generation: Generation(generation),
                     range: PageRange { first, count },
-                    granter: DomId(0),
-                    refs: &[],
+                    granter,
+                    refs: &refs,
                 };
                 self.answer(conn, session, number, &reply);
             }
