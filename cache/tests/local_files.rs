@@ -562,3 +562,26 @@ fn local_opens_under_way_at_the_end_of_a_session_end_with_it() {
     }
     rig.audit();
 }
+
+/// Pins, and then a budget cut down to them and one frame more: each page still stays until the next
+/// one is wanted, and what cannot fit is refused rather than tried for ever.
+#[test]
+fn local_beside_pins_every_page_comes_once() {
+    let mut rig = Rig::new(128);
+    rig.write("pinned", &content(4, 90 * PAGE));
+    let pinned = rig.open("pinned", OpenHow::Pin, who(1)).unwrap();
+    let data = content(5, 20 * PAGE);
+    rig.write("f", &data);
+    rig.cache.set_frames_max(91).unwrap();
+    let file = rig.map("f", who(2));
+    let before = rig.cache.stats().fills;
+    for page in 0..20 {
+        rig.check(&file, who(2), page, &data);
+    }
+    let read = rig.read(&file, who(2), 0, 3 * PAGE as u32);
+    assert!(matches!(read, Err(CacheError::NoFrames)), "{read:?}");
+    let fills = rig.cache.stats().fills - before;
+    assert!(fills <= 40, "{fills} fills for 20 pages");
+    rig.cache.close(&pinned.file, OpenHow::Pin, who(1));
+    rig.audit();
+}

@@ -161,10 +161,7 @@ fn step(rig: &mut Rig, model: &mut Model, op: Op) {
             let result = rig.fault_of(&open, who(guest), generation, (page, count), hint);
             match result {
                 Err(CacheError::BadRange(_)) => assert!(page >= pages, "{page} of {pages}"),
-                Err(CacheError::NoFrames) => {
-                    let stats = rig.cache.stats();
-                    assert!(stats.frames_pinned + stats.frames_quarantined > 0);
-                }
+                Err(CacheError::NoFrames) => no_room_for(rig, count.into()),
                 Err(e) => panic!("{e}"),
                 Ok(_) if page < pages => rig.check(&open, who(guest), page, &model.data[file]),
                 Ok(FaultDone::Stale(_)) => {}
@@ -192,8 +189,8 @@ fn step(rig: &mut Rig, model: &mut Model, op: Op) {
                     expected.len()
                 ),
                 Err(CacheError::NoFrames) => {
-                    let stats = rig.cache.stats();
-                    assert!(stats.frames_pinned + stats.frames_quarantined > 0);
+                    let pages = to.div_ceil(PAGE) - from / PAGE;
+                    no_room_for(rig, pages as u64);
                 }
                 Err(e) => panic!("{e}"),
             }
@@ -251,6 +248,14 @@ fn step(rig: &mut Rig, model: &mut Model, op: Op) {
             model.opens.retain(|(_, g, _), _| *g != guest);
         }
     }
+}
+
+/// A request may be refused for want of frames only when those that cannot be given back, pinned or
+/// in quarantine, leave less room than it needs at once.
+fn no_room_for(rig: &Rig, pages: u64) {
+    let stats = rig.cache.stats();
+    let held = u64::from(stats.frames_pinned) + u64::from(stats.frames_quarantined);
+    assert!(held + pages > u64::from(stats.frames_max), "{pages} pages: {stats:?}");
 }
 
 fn run(force: bool, ops: Vec<Op>) {

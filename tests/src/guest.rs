@@ -30,10 +30,12 @@ pub fn program(name: &str) -> PathBuf {
 pub fn program_for_everybody(name: &str, dir: &Path) -> PathBuf {
     let copy = dir.join(name);
     if !copy.exists() {
-        // Under another name first: two tests may come here at once, and a program that is open for
-        // writing cannot run.
+        // Under another name first: two tests may come here at once. By another process: a child that
+        // a test beside this one forks has every descriptor of this process for a moment, and a
+        // program that is open for writing cannot run.
         let part = dir.join(format!("{name}.{:?}", std::thread::current().id()));
-        std::fs::copy(program(name), &part).expect("a copy of the program");
+        let copied = Command::new("cp").arg(program(name)).arg(&part).status();
+        assert!(copied.expect("cp").success(), "a copy of the program");
         std::fs::rename(&part, &copy).expect("the copy's name");
     }
     copy
