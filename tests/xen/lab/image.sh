@@ -113,14 +113,15 @@ dom0_system() { # version
     new_image "$image"
     mkdir -p "$image"/var/lib/{xen,xenstored} "$image/usr/lib/xen-$1/bin"
     cp -a "$tree/etc/xen" "$image/etc/"
-    local -a programs=("$tree"/usr/bin/xenstore* "$tree"/usr/sbin/xenhypfs)
+    local -a programs
+    # Some are links to a wrapper that looks for the running hypervisor's version.
+    mapfile -t programs < <(find "$tree"/usr/bin/xenstore* "$tree"/usr/sbin/xenhypfs -type f)
+    cp "${programs[@]}" "$image/usr/bin/"
     for program in xl xenstored xenconsoled xen-init-dom0 xenconsole libxl-save-helper; do
         cp "$tools/bin/$program" "$image/usr/lib/xen-$1/bin/"
         ln -s "../lib/xen-$1/bin/$program" "$image/usr/sbin/$program"
         programs+=("$tools/bin/$program")
     done
-    cp -a "$tree"/usr/bin/xenstore* "$image/usr/bin/"
-    cp "$tree/usr/sbin/xenhypfs" "$image/usr/sbin/"
     with_libraries "$image" "${programs[@]}" "${client_libraries[@]}" "$copage" "$driver"
     loader "$image"
     add_modules "$image" "$dom0_kernel" "${dom0_modules[@]}"
@@ -154,7 +155,7 @@ own_programs() { # programs…
 }
 
 programs() { # builds them from this checkout
-    (cd "$root" && cargo build --release --locked --quiet -p copage -p copage-tests \
+    (cd "$root" && cargo build --release --locked -p copage -p copage-tests \
         --bin copage --bin copage-xen-lab)
     copage="$target/release/copage" driver="$target/release/copage-xen-lab"
 }

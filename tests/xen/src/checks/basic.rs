@@ -75,7 +75,7 @@ pub fn guests(lab: &Lab) -> Result<String> {
 }
 
 /// What checks are made of works: commands in a guest with limits, in the background, files, a guest's
-/// death; a daemon that is asked, killed, started again and stopped.
+/// end.
 pub fn helpers(lab: &Lab) -> Result<String> {
     let guest = Guest::start(lab, Kind::Pv, "helped", 160)?;
     let bytes: Vec<u8> = (0..20_000_u32).map(|n| n.to_le_bytes()[0]).collect();
@@ -111,29 +111,25 @@ pub fn helpers(lab: &Lab) -> Result<String> {
         guest.console()?.contains("lab: guest up"),
         "its console was lost"
     );
+    Ok(format!(
+        "files, signals, limits, a guest's end; a command in a guest takes {each_ms} ms"
+    ))
+}
 
+/// A daemon in dom0 is asked, killed, started again over what it left, and stopped.
+pub fn daemon(lab: &Lab) -> Result<String> {
     let mut daemon = Daemon::start(
         lab,
         "[[export]]\nname = \"etc\"\npath = \"/etc\"\nmode = \"ro\"\n",
     )?;
+    let first = daemon.pid()?;
     daemon.kill()?;
     daemon.again()?;
-    daemon.pid()?;
-    let exported = lab.sh(&format!(
-        "copage ls etc: --json; ls {}",
-        lab.run_dir().display()
-    ))?;
+    ensure!(daemon.pid()? != first, "it was not killed");
     let audit = daemon.json("audit")?;
     ensure!(audit["ok"] == true, "audit: {audit}");
     daemon.stop()?;
-    Ok(format!(
-        "a command in a guest takes {each_ms} ms; daemon killed, started again, stopped: {}",
-        exported
-            .stdout
-            .split_whitespace()
-            .collect::<Vec<_>>()
-            .join(" ")
-    ))
+    Ok("killed, started again, audit clean, stopped".into())
 }
 
 /// `copage doctor` runs and its JSON is whole; what it finds is shown, not judged.

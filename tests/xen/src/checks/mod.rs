@@ -46,7 +46,7 @@ pub const CHECKS: &[Check] = &[
     check(
         "helpers",
         120,
-        "daemons and commands are started, limited and ended",
+        "commands in guests are started, limited and ended",
         basic::helpers,
     ),
     check(
@@ -54,6 +54,12 @@ pub const CHECKS: &[Check] = &[
         120,
         "copage doctor in dom0 and in a guest",
         basic::doctor,
+    ),
+    check(
+        "daemon",
+        60,
+        "the daemon is asked, killed, started again, stopped",
+        basic::daemon,
     ),
     check(
         "cache-domain",
