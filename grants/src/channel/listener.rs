@@ -10,9 +10,29 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
-/// Who connected, as the kernel says it.
+/// Who connected.
 #[derive(Debug)]
-pub struct Peer {
+pub enum Peer {
+    /// A process of this machine.
+    Process(ProcessPeer),
+    /// A domain of this hypervisor.
+    Domain(DomainPeer),
+}
+
+/// A domain, as the toolstack says it in xenstore, where guests cannot write.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DomainPeer {
+    /// Its number now; used again for others later.
+    pub domid: u16,
+    /// Its name.
+    pub name: String,
+    /// Its uuid.
+    pub uuid: [u8; 16],
+}
+
+/// A process, as the kernel says it.
+#[derive(Debug)]
+pub struct ProcessPeer {
     /// Its user when it connected.
     pub uid: u32,
     /// Its group when it connected.
@@ -75,7 +95,7 @@ impl Listener {
     /// An error other than `WouldBlock` concerns that connection only (the peer has gone already),
     /// or the process has no descriptors left (EMFILE): the caller should wait before it asks
     /// again, since the connection stays in the queue.
-    pub fn accept(&self) -> Result<(Channel, Peer), ChannelError> {
+    pub fn accept(&self) -> Result<(Channel, ProcessPeer), ChannelError> {
         let accepted = rustix::io::retry_on_intr(|| {
             rustix::net::accept_with(&self.socket, SocketFlags::CLOEXEC)
         });
@@ -91,7 +111,7 @@ impl Listener {
             call: "SO_PEERPIDFD",
             source,
         })?;
-        let peer = Peer {
+        let peer = ProcessPeer {
             uid: creds.uid.as_raw(),
             gid: creds.gid.as_raw(),
             pid,

@@ -1,11 +1,11 @@
 //! Sending and receiving.
 
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags,
-};
-use std::io::{self, IoSlice, IoSliceMut};
-use std::mem::MaybeUninit;
+use super::end::{RingEnd, Side};
+use super::local_ring;
+use super::ring::Nonsense;
+use super::socket::Socket;
+use crate::xen::XenError;
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::Path;
 
@@ -30,6 +30,18 @@ pub enum ChannelError {
         /// Its length.
         bytes: usize,
     },
+    /// A descriptor was to go beside a message, and this channel carries none.
+    #[error("no descriptors go over a ring")]
+    NoDescriptors,
+    /// The daemon would not have this connection.
+    #[error("the daemon refused: {0}")]
+    Refused(String),
+    /// Something of Xen's could not be had or done.
+    #[error(transparent)]
+    Xen(#[from] XenError),
+    /// The other end of a ring wrote what cannot be; the channel is closed.
+    #[error("the other end of the ring wrote nonsense: {0}")]
+    Nonsense(#[from] Nonsense),
     /// A system call failed.
     #[error("{call}: {source}")]
     Sys {
@@ -60,170 +72,171 @@ pub struct Received {
     pub fd: Option<OwnedFd>,
 }
 
-/// One end of a connection. Sending and receiving may go on in different threads.
+/// One end of a connection: a socket, or a ring in shared memory. Sending and receiving may go on in
+/// different threads.
 #[derive(Debug)]
-pub struct Channel {
-    socket: OwnedFd,
-    takes_descriptors: bool,
+pub struct Channel(Kind);
+
+#[derive(Debug)]
+enum Kind {
+    Socket(Socket),
+    // A ring is long, and there are few.
+    Ring(Box<RingEnd>),
+}
+
+impl From<RingEnd> for Channel {
+    fn from(end: RingEnd) -> Self {
+        Self(Kind::Ring(Box::new(end)))
+    }
 }
 
 impl Channel {
     /// Connects to a listener. The channel takes descriptors (daemons send them).
     pub fn connect(path: &Path) -> Result<Self, ChannelError> {
-        let socket = super::listener::seqpacket_socket()?;
-        let address = super::listener::socket_address(path)?;
-        rustix::net::connect(&socket, &address).map_err(ChannelError::sys("connect"))?;
-        Ok(Self::new(socket, true))
+        Ok(Self(Kind::Socket(Socket::connect(path)?)))
     }
 
-    /// Two ends connected to each other, both taking descriptors.
+    /// Connects to the daemon of the control domain, from a Xen guest.
+    pub fn connect_xen() -> Result<Self, ChannelError> {
+        crate::xen::channel::connect()
+    }
+
+    /// Two ends of a socket, both taking descriptors.
     pub fn pair() -> Result<(Self, Self), ChannelError> {
-        let (a, b) = rustix::net::socketpair(
-            rustix::net::AddressFamily::UNIX,
-            rustix::net::SocketType::SEQPACKET,
-            rustix::net::SocketFlags::CLOEXEC,
-            None,
-        )
-        .map_err(ChannelError::sys("socketpair"))?;
-        Ok((Self::new(a, true), Self::new(b, true)))
+        let (a, b) = Socket::pair()?;
+        Ok((Self(Kind::Socket(a)), Self(Kind::Socket(b))))
+    }
+
+    /// The guest's and the daemon's end of a ring in memory of this process, with eventfds for its
+    /// events: what a ring is without a hypervisor, for tests. `order` as in
+    /// [`super::limits::RING_ORDER`].
+    pub fn ring_pair(order: u32) -> Result<(Self, Self), ChannelError> {
+        let guest = local_ring::end(order)?;
+        let daemon = guest.1;
+        let guest = RingEnd::new(Side::Guest, guest.0.memory, guest.0.events)?;
+        let daemon = RingEnd::new(Side::Daemon, daemon.memory, daemon.events)?;
+        Ok((guest.into(), daemon.into()))
     }
 
     /// A connected `SOCK_SEQPACKET` socket as a channel. Without `takes_descriptors` none that the
     /// other end sends ever comes into this process.
     pub fn new(socket: OwnedFd, takes_descriptors: bool) -> Self {
-        Self {
-            socket,
-            takes_descriptors,
+        Self(Kind::Socket(Socket::new(socket, takes_descriptors)))
+    }
+
+    /// Can descriptors go beside messages?
+    pub fn carries_descriptors(&self) -> bool {
+        matches!(self.0, Kind::Socket(_))
+    }
+
+    /// To poll for POLLIN: readable when a message may have come, or the other end is gone.
+    pub fn read_fd(&self) -> BorrowedFd<'_> {
+        match &self.0 {
+            Kind::Socket(socket) => socket.as_fd(),
+            Kind::Ring(ring) => ring.read_fd(),
+        }
+    }
+
+    /// To poll when something waits for room: for POLLOUT on a socket, where it is
+    /// [`Self::read_fd`]; for POLLIN on a ring ([`Self::carries_descriptors`] tells).
+    pub fn write_fd(&self) -> BorrowedFd<'_> {
+        match &self.0 {
+            Kind::Socket(socket) => socket.as_fd(),
+            Kind::Ring(ring) => ring.write_fd(),
+        }
+    }
+
+    /// Part of a message that was taken waits for room: [`Self::flush`] when there may be some.
+    /// Never on a socket.
+    pub fn has_rest(&self) -> bool {
+        match &self.0 {
+            Kind::Socket(_) => false,
+            Kind::Ring(ring) => ring.has_rest(),
+        }
+    }
+
+    /// Sends on what [`Self::has_rest`] says; never waits. [`ChannelError::WouldBlock`]: not all of
+    /// it yet.
+    pub fn flush(&self) -> Result<(), ChannelError> {
+        match &self.0 {
+            Kind::Socket(_) => Ok(()),
+            Kind::Ring(ring) => ring.flush(),
         }
     }
 
     /// Makes every later call of both directions return [`ChannelError::WouldBlock`] instead of
     /// waiting.
     pub fn set_nonblocking(&self, nonblocking: bool) -> Result<(), ChannelError> {
-        rustix::io::ioctl_fionbio(&self.socket, nonblocking).map_err(ChannelError::sys("FIONBIO"))
+        match &self.0 {
+            Kind::Socket(socket) => socket.set_nonblocking(nonblocking),
+            Kind::Ring(ring) => {
+                ring.set_nonblocking(nonblocking);
+                Ok(())
+            }
+        }
     }
 
     /// Sends one message, with at most one descriptor beside it. Waits for room unless the channel
     /// is non-blocking.
     pub fn send(&self, bytes: &[u8], fd: Option<BorrowedFd<'_>>) -> Result<(), ChannelError> {
-        self.send_with(bytes, fd, SendFlags::empty())
+        match &self.0 {
+            Kind::Socket(socket) => socket.send(bytes, fd),
+            Kind::Ring(_) if fd.is_some() => Err(ChannelError::NoDescriptors),
+            Kind::Ring(ring) => ring.send(bytes),
+        }
     }
 
-    /// As [`Self::send`], never waiting: what a daemon uses, which no guest may hold up.
+    /// As [`Self::send`], never waiting: what a daemon uses, which no guest may hold up. The message
+    /// is taken whole or not at all; see [`Self::has_rest`].
     pub fn try_send(&self, bytes: &[u8], fd: Option<BorrowedFd<'_>>) -> Result<(), ChannelError> {
-        self.send_with(bytes, fd, SendFlags::DONTWAIT)
-    }
-
-    fn send_with(
-        &self,
-        bytes: &[u8],
-        fd: Option<BorrowedFd<'_>>,
-        flags: SendFlags,
-    ) -> Result<(), ChannelError> {
-        use rustix::io::Errno;
-        if bytes.is_empty() {
-            return Err(ChannelError::BadLength { bytes: 0 });
-        }
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-        let mut control = SendAncillaryBuffer::new(&mut space);
-        let fds;
-        if let Some(fd) = fd {
-            fds = [fd];
-            // The buffer was made for exactly this message.
-            let pushed = control.push(SendAncillaryMessage::ScmRights(&fds));
-            debug_assert!(pushed);
-        }
-        let flags = flags | SendFlags::NOSIGNAL;
-        let sent = rustix::io::retry_on_intr(|| {
-            rustix::net::sendmsg(&self.socket, &[IoSlice::new(bytes)], &mut control, flags)
-        });
-        match sent {
-            // A seqpacket socket takes the whole message or none of it.
-            Ok(_) => Ok(()),
-            Err(Errno::AGAIN) => Err(ChannelError::WouldBlock),
-            Err(Errno::PIPE | Errno::CONNRESET | Errno::NOTCONN) => Err(ChannelError::Closed),
-            Err(Errno::MSGSIZE) => Err(ChannelError::BadLength { bytes: bytes.len() }),
-            Err(errno) => Err(ChannelError::sys("sendmsg")(errno)),
+        match &self.0 {
+            Kind::Socket(socket) => socket.try_send(bytes, fd),
+            Kind::Ring(_) if fd.is_some() => Err(ChannelError::NoDescriptors),
+            Kind::Ring(ring) => ring.try_send(bytes),
         }
     }
 
     /// Receives one message. Waits for one unless the channel is non-blocking.
     pub fn recv(&self, buf: &mut [u8]) -> Result<Received, ChannelError> {
-        self.recv_with(buf, RecvFlags::empty())
+        match &self.0 {
+            Kind::Socket(socket) => socket.recv(buf),
+            Kind::Ring(ring) => ring.recv(buf),
+        }
     }
 
     /// As [`Self::recv`], never waiting.
     pub fn try_recv(&self, buf: &mut [u8]) -> Result<Received, ChannelError> {
-        self.recv_with(buf, RecvFlags::DONTWAIT)
+        match &self.0 {
+            Kind::Socket(socket) => socket.try_recv(buf),
+            Kind::Ring(ring) => ring.try_recv(buf),
+        }
     }
 
-    fn recv_with(&self, buf: &mut [u8], flags: RecvFlags) -> Result<Received, ChannelError> {
-        use rustix::io::Errno;
-        let buffer_bytes = buf.len();
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-        // With no room for control messages the kernel drops descriptors before they are installed.
-        let room = if self.takes_descriptors {
-            space.len()
-        } else {
-            0
-        };
-        let mut control = RecvAncillaryBuffer::new(&mut space[..room]);
-        let flags = flags | RecvFlags::CMSG_CLOEXEC;
-        let mut receive = || {
-            rustix::io::retry_on_intr(|| {
-                rustix::net::recvmsg(
-                    &self.socket,
-                    &mut [IoSliceMut::new(buf)],
-                    &mut control,
-                    flags,
-                )
-            })
-        };
-        let received = match receive() {
-            // Said once, when the other end closed without having read all, and before what it had
-            // sent by then (net/unix/af_unix.c, unix_release_sock).
-            Err(Errno::CONNRESET) => receive(),
-            other => other,
-        };
-        // Alignment leaves room for a second descriptor: whatever is not the first is closed here.
-        let fd = control
-            .drain()
-            .filter_map(|message| match message {
-                RecvAncillaryMessage::ScmRights(fds) => Some(fds),
-                _ => None,
-            })
-            .flatten()
-            .reduce(|first, _more| first);
-        match received {
-            Ok(message) if message.flags.contains(ReturnFlags::TRUNC) => {
-                Err(ChannelError::Truncated { buffer_bytes })
-            }
-            Ok(message) if message.bytes == 0 => Err(ChannelError::Closed),
-            Ok(message) => Ok(Received {
-                len: message.bytes,
-                fd,
-            }),
-            Err(Errno::AGAIN) => Err(ChannelError::WouldBlock),
-            Err(Errno::CONNRESET) => Err(ChannelError::Closed),
-            Err(errno) => Err(ChannelError::sys("recvmsg")(errno)),
+    /// Sends an event without a message, as nobody but a test of storms does. Nothing on a socket.
+    pub fn ring(&self) {
+        if let Kind::Ring(ring) = &self.0 {
+            ring.ring();
         }
     }
 
     /// Ends both directions: the other end and every thread that waits here see it closed.
     pub fn shutdown(&self) {
-        // The only possible error is that the other end is gone already.
-        let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both);
+        match &self.0 {
+            Kind::Socket(socket) => socket.shutdown(),
+            Kind::Ring(ring) => ring.shutdown(),
+        }
     }
 }
 
+/// [`Channel::read_fd`].
 impl AsFd for Channel {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
+        self.read_fd()
     }
 }
 
 impl AsRawFd for Channel {
     fn as_raw_fd(&self) -> RawFd {
-        self.socket.as_raw_fd()
+        self.read_fd().as_raw_fd()
     }
 }

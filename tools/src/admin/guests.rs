@@ -60,6 +60,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 fn table(guests: &[GuestEntry], charges: &[ChargesEntry]) -> Table {
     let mut table = Table::new(&[
         "NAME",
+        "DOMAIN",
         "DOM",
         "PID",
         "UID",
@@ -75,6 +76,11 @@ fn table(guests: &[GuestEntry], charges: &[ChargesEntry]) -> Table {
         "RECALLS",
     ]);
     let nothing = ChargesEntry::default();
+    let nothing_known = || "-".to_owned();
+    let domain = |guest: &GuestEntry| {
+        let domain = guest.domain.as_ref();
+        domain.map_or_else(nothing_known, |d| format!("{} ({})", d.name, d.domid))
+    };
     let mut last = None;
     for guest in guests {
         let charge = charges
@@ -88,9 +94,10 @@ fn table(guests: &[GuestEntry], charges: &[ChargesEntry]) -> Table {
         };
         table.row(vec![
             guest.name.clone(),
+            domain(guest),
             guest.dom.to_string(),
-            guest.pid.to_string(),
-            guest.uid.to_string(),
+            guest.pid.map_or_else(nothing_known, |pid| pid.to_string()),
+            guest.uid.map_or_else(nothing_known, |uid| uid.to_string()),
             // The daemon's own epoch is the upper half, of all of them.
             (guest.epoch & u64::from(u32::MAX)).to_string(),
             duration_ms(guest.connected_ms),
@@ -118,8 +125,9 @@ mod tests {
             name: name.into(),
             dom,
             epoch: (9 << 32) + 3,
-            uid: 1,
-            pid: 2,
+            uid: Some(1),
+            pid: Some(2),
+            domain: None,
             connected_ms: 0,
             lease_left_ms: 5,
             handles: 0,
@@ -148,6 +156,6 @@ mod tests {
             lines[3].starts_with("b") && lines[3].contains("0 B"),
             "{text}"
         );
-        assert_eq!(lines[1].split_whitespace().nth(4), Some("3"), "{text}");
+        assert_eq!(lines[1].split_whitespace().nth(5), Some("3"), "{text}");
     }
 }

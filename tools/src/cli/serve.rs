@@ -1,7 +1,7 @@
 //! `copage serve`.
 
 use crate::config::limits::FRAMES_MIB;
-use crate::config::{Config, DEFAULT_FILE, ExportConfig, Loaded, check_name};
+use crate::config::{BackendChoice, Config, DEFAULT_FILE, ExportConfig, Loaded, check_name};
 use crate::serve::{Daemon, RunOptions};
 use anyhow::{Context, Result};
 use clap::ValueEnum;
@@ -39,6 +39,9 @@ pub struct Args {
     #[arg(long, value_name = "N",
           value_parser = clap::value_parser!(u64).range(*FRAMES_MIB.start()..=*FRAMES_MIB.end()))]
     frames_mib: Option<u64>,
+    /// What holds the frames: auto, local or xen [default: what the file says, else auto]
+    #[arg(long, value_name = "WHICH")]
+    backend: Option<BackendChoice>,
     /// Do not take pages back by force
     #[arg(long)]
     no_force: bool,
@@ -140,6 +143,7 @@ fn load(args: &Args) -> Result<Loaded> {
         config.frames_mib = frames_mib;
     }
     config.force &= !args.no_force;
+    config.backend = args.backend.unwrap_or(config.backend);
     if !args.exports.is_empty() {
         config.exports.extend(args.exports.iter().cloned());
         // Against each other and against those of the file; warnings were told by the file.

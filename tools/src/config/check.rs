@@ -2,7 +2,7 @@
 //! directories.
 
 use super::Config;
-use super::limits::NAME_BYTES_MAX;
+use super::limits::{DOMAIN_NAME_BYTES_MAX, NAME_BYTES_MAX};
 use super::problem::{Problem, Severity};
 use std::collections::{BTreeMap, HashMap};
 use std::fs::Metadata;
@@ -107,6 +107,28 @@ pub fn check_name(name: &str) -> Result<(), String> {
     Ok(())
 }
 
+/// Can this name a domain? The error says what is wrong with it.
+pub fn check_domain(name: &str) -> Result<(), String> {
+    let shown: String = name.escape_debug().take(80).collect();
+    if name.is_empty() || name.len() > DOMAIN_NAME_BYTES_MAX {
+        return Err(format!(
+            "\"{shown}\" is no domain's name: those have 1 to {DOMAIN_NAME_BYTES_MAX} bytes"
+        ));
+    }
+    let good = |c: char| c.is_ascii_alphanumeric() || "-_.:+".contains(c);
+    if let Some(bad) = name.chars().find(|&c| !good(c)) {
+        return Err(format!(
+            "\"{shown}\" has {bad:?} in it; domains' names have letters, digits and '-', '_', '.', ':', '+'"
+        ));
+    }
+    if name.chars().all(|c| c.is_ascii_digit()) {
+        return Err(format!(
+            "\"{shown}\" would be a domid, and those are used again; give the domain's name or uuid"
+        ));
+    }
+    Ok(())
+}
+
 /// Names, duplicates and references; nothing outside the text is looked at.
 pub(super) fn names(config: &Config, lines: &Lines) -> Vec<Problem> {
     let mut found = Found {
@@ -115,6 +137,7 @@ pub(super) fn names(config: &Config, lines: &Lines) -> Vec<Problem> {
     };
     let mut names: BTreeMap<&str, Item> = BTreeMap::new();
     let mut uids: BTreeMap<u32, (Item, &str)> = BTreeMap::new();
+    let mut domains: BTreeMap<String, (Item, &str)> = BTreeMap::new();
     for (index, guest) in config.guests.iter().enumerate() {
         let item = Item::Guest(index);
         found.name(item, "name", &guest.name);
@@ -131,6 +154,26 @@ pub(super) fn names(config: &Config, lines: &Lines) -> Vec<Problem> {
             continue;
         }
         names.insert(&guest.name, item);
+        if guest.domain.is_some() && guest.uuid.is_some() {
+            let text = "is there beside domain; one of the two says who it is".to_owned();
+            found.error(item, "uuid", text);
+        }
+        if let Some(domain) = &guest.domain
+            && let Err(text) = check_domain(domain)
+        {
+            found.error(item, "domain", text);
+        }
+        let uuid = guest.uuid.map(|uuid| ("uuid", uuid.to_string()));
+        let named = guest.domain.clone().map(|domain| ("domain", domain));
+        for (key, domain) in named.into_iter().chain(uuid) {
+            if let Some(&(first, name)) = domains.get(&domain) {
+                let at = found.at(first, key);
+                let text = format!("{domain} is guest \"{name}\" already{at}");
+                found.error(item, key, text);
+            } else {
+                domains.insert(domain, (item, &guest.name));
+            }
+        }
         let Some(uid) = guest.uid else { continue };
         if let Some(&(first, name)) = uids.get(&uid) {
             let at = found.at(first, "uid");

@@ -34,6 +34,14 @@ pub const PINNED_MIB: RangeInclusive<u64> = 0..=2 << 20;
 pub const GUEST_FRAMES_MIB: RangeInclusive<u64> = 4..=2 << 20;
 /// A uid; the last one means "none" to the kernel.
 pub const UID: RangeInclusive<u64> = 0..=u32::MAX as u64 - 1;
+/// Memory of one cache domain, in MiB. The smallest that holds a 2 MiB unit beside its records; the
+/// largest whose grants, some for each of its frames, a grant table still holds.
+pub const CACHE_DOMAIN_MIB: RangeInclusive<u64> = 16..=4096;
+/// Sessions of one domain: each is one process, and maps 17 pages and two event channels in the
+/// control domain.
+pub const DOMAIN_SESSIONS_MAX: RangeInclusive<u64> = 1..=256;
+/// The longest name of a domain, in bytes.
+pub const DOMAIN_NAME_BYTES_MAX: usize = 64;
 /// The longest name of an export, a share group or a guest, in bytes; the cache's own bound.
 pub const NAME_BYTES_MAX: usize = copage_cache::limits::LABEL_BYTES_MAX;
 /// The longest configuration file, in bytes: thousands of exports fit.

@@ -9,9 +9,11 @@ mod nearest;
 mod parse;
 mod problem;
 mod read;
+mod uuid;
 
-pub use check::check_name;
+pub use check::{check_domain, check_name};
 pub use problem::{ConfigErrors, Problem, Severity};
+pub use uuid::Uuid;
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -24,6 +26,10 @@ pub const DEFAULT_FILE: &str = "/etc/copage/copage.toml";
 pub struct Config {
     /// Where the sockets are: `guest.sock` and `admin.sock`. Made if it is not there.
     pub run_dir: PathBuf,
+    /// What holds the frames and who the guests are.
+    pub backend: BackendChoice,
+    /// Settings of the xen backend.
+    pub xen: XenConfig,
     /// The budget of frames, in MiB.
     pub frames_mib: u64,
     /// The session lease, in ms.
@@ -51,6 +57,36 @@ pub struct Config {
     pub exports: Vec<ExportConfig>,
 }
 
+/// What holds the frames.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum BackendChoice {
+    /// `xen` in Xen's control domain, with all that it takes there; `local` elsewhere.
+    #[default]
+    Auto,
+    /// Memory of this kernel: guests are processes.
+    Local,
+    /// Memory of cache domains: guests are domains.
+    Xen,
+}
+
+/// Settings of the xen backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct XenConfig {
+    /// Memory of one cache domain, in MiB.
+    pub cache_domain_mib: u64,
+    /// Sessions that one domain may have.
+    pub domain_sessions_max: u32,
+}
+
+impl Default for XenConfig {
+    fn default() -> Self {
+        Self {
+            cache_domain_mib: 256,
+            domain_sessions_max: 16,
+        }
+    }
+}
+
 /// What one guest may have. Counts are of one session; memory is of the guest by name, across its
 /// sessions and reconnects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,13 +103,17 @@ pub struct Limits {
     pub frames_mib: Option<u64>,
 }
 
-/// A guest: a name, for a uid where there is one.
+/// A guest: a name, for a uid or a Xen domain where there is one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GuestConfig {
     /// The name that access lists, charges and displays use.
     pub name: String,
     /// The uid its processes have. `None`: only root and the daemon's own uid may take the name.
     pub uid: Option<u32>,
+    /// The Xen domain of this name is this guest.
+    pub domain: Option<String>,
+    /// The Xen domain with this uuid is this guest.
+    pub uuid: Option<Uuid>,
     /// What it may have: its own limits, and the general ones where it has none.
     pub limits: Limits,
 }
@@ -117,6 +157,8 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             run_dir: default_run_dir(),
+            backend: BackendChoice::Auto,
+            xen: XenConfig::default(),
             frames_mib: 1024,
             lease_ttl_ms: 5000,
             invalidate_deadline_ms: 5000,

@@ -5,7 +5,7 @@ use super::limits;
 use super::nearest::nearest;
 use super::problem::Problem;
 use super::read::{Reader, Section};
-use super::{Config, ExportConfig, GuestConfig, Limits, Mode};
+use super::{BackendChoice, Config, ExportConfig, GuestConfig, Limits, Mode, Uuid, XenConfig};
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use toml::de::DeTable;
@@ -43,6 +43,15 @@ fn config(reader: &mut Reader<'_>, mut top: Section<'_, '_>, lines: &mut Lines) 
         config.run_dir = PathBuf::from(found.value);
     }
     let r = reader;
+    if let Some(found) = top.string(r, "backend", "auto") {
+        match found.value.parse() {
+            Ok(backend) => config.backend = backend,
+            Err(text) => r.error(Some(found.line), "backend", text),
+        }
+    }
+    if let Some(section) = top.section(r, "xen", "xen.") {
+        config.xen = xen(r, section);
+    }
     set(
         &mut config.frames_mib,
         top.number(r, "frames_mib", &limits::FRAMES_MIB, "MiB"),
@@ -138,7 +147,24 @@ const _: () = {
     fits(&limits::HANDLES_MAX);
     fits(&limits::FILES_MAX);
     fits(&limits::UID);
+    fits(&limits::DOMAIN_SESSIONS_MAX);
 };
+
+fn xen(r: &mut Reader<'_>, mut section: Section<'_, '_>) -> XenConfig {
+    let mut xen = XenConfig::default();
+    let range = &limits::CACHE_DOMAIN_MIB;
+    set(
+        &mut xen.cache_domain_mib,
+        section.number(r, "cache_domain_mib", range, "MiB"),
+    );
+    let range = &limits::DOMAIN_SESSIONS_MAX;
+    set32(
+        &mut xen.domain_sessions_max,
+        section.number(r, "domain_sessions_max", range, "sessions"),
+    );
+    section.finish(r);
+    xen
+}
 
 fn limits_of(r: &mut Reader<'_>, mut section: Section<'_, '_>, general: Limits) -> Limits {
     let mut limits = general;
@@ -202,12 +228,31 @@ fn guest(
         // The range ends below 2^32.
         found.value as u32
     });
+    let domain = section.string(r, "domain", "web-vm").map(|found| {
+        note("domain", found.line);
+        found.value
+    });
+    let example = "6ba7b810-9dad-11d1-80b4-00c04fd430c8";
+    let uuid = section.string(r, "uuid", example).and_then(|found| {
+        note("uuid", found.line);
+        found
+            .value
+            .parse::<Uuid>()
+            .map_err(|text| r.error(Some(found.line), "guest.uuid", text))
+            .ok()
+    });
     let limits = match section.section(r, "limits", "guest.limits.") {
         Some(section) => limits_of(r, section, general),
         None => general,
     };
     section.finish(r);
-    GuestConfig { name, uid, limits }
+    GuestConfig {
+        name,
+        uid,
+        domain,
+        uuid,
+        limits,
+    }
 }
 
 fn export(r: &mut Reader<'_>, mut section: Section<'_, '_>, note: Note<'_>) -> ExportConfig {
@@ -268,6 +313,35 @@ impl std::str::FromStr for Mode {
             format!(" (\"{known}\" is not built yet)")
         });
         Err(format!("\"{shown}\" is no mode; give \"ro\"{meant}"))
+    }
+}
+
+impl std::str::FromStr for BackendChoice {
+    type Err = String;
+
+    /// The error says which there are.
+    fn from_str(backend: &str) -> Result<Self, String> {
+        match backend {
+            "auto" => Ok(Self::Auto),
+            "local" => Ok(Self::Local),
+            "xen" => Ok(Self::Xen),
+            other => {
+                let shown: String = other.escape_debug().take(40).collect();
+                Err(format!(
+                    "\"{shown}\" is no backend; give \"auto\", \"local\" or \"xen\""
+                ))
+            }
+        }
+    }
+}
+
+impl std::fmt::Display for BackendChoice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::Local => "local",
+            Self::Xen => "xen",
+        })
     }
 }
 

@@ -9,6 +9,7 @@ use crate::config::mib_to_pages;
 use copage_cache::CacheStats;
 use copage_coherence::msg::FenceReason;
 use copage_grants::Epoch;
+use copage_grants::channel::Peer;
 use std::collections::BTreeMap;
 
 /// What a request leads to at once.
@@ -204,12 +205,17 @@ impl Core {
             .map(|(conn, s)| {
                 let standing = self.ctx.machine.standing(now_ms, s.epoch);
                 let (lease_left_ms, recalls) = standing.unwrap_or_default();
+                let (uid, pid, domain) = match &conn.peer {
+                    Peer::Process(p) => (Some(p.uid), i32::try_from(p.pid).ok(), None),
+                    Peer::Domain(domain) => (None, None, Some(domain.into())),
+                };
                 GuestEntry {
                     name: s.name.to_string(),
                     dom: s.who.dom.0,
                     epoch: s.epoch.0,
-                    uid: conn.peer.uid,
-                    pid: i32::try_from(conn.peer.pid).unwrap_or(0),
+                    uid,
+                    pid,
+                    domain,
                     connected_ms: now_ms.saturating_sub(s.connected_ms),
                     lease_left_ms,
                     handles: s.handles.len() as u64,

@@ -5,6 +5,8 @@
 //! by one reply `{"reply":"guests",…}`, in order. Unknown commands and fields are errors. Numbers of
 //! pages count 4 KiB; times are in ms.
 
+use crate::config::Uuid;
+use copage_grants::channel::DomainPeer;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -115,10 +117,15 @@ pub struct GuestEntry {
     pub dom: u16,
     /// The session's epoch.
     pub epoch: u64,
-    /// Its uid, as the kernel says.
-    pub uid: u32,
-    /// Its process, as the kernel says.
-    pub pid: i32,
+    /// Its uid, as the kernel says; none of a domain's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uid: Option<u32>,
+    /// Its process, as the kernel says; none of a domain's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pid: Option<i32>,
+    /// Its Xen domain, as the toolstack says; none of a process's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub domain: Option<DomainEntry>,
     /// How long it has been connected, in ms.
     pub connected_ms: u64,
     /// What is left of its lease, in ms.
@@ -135,6 +142,27 @@ pub struct GuestEntry {
     pub in_flight: u64,
     /// Requests so far.
     pub requests: u64,
+}
+
+/// A Xen domain.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DomainEntry {
+    /// Its name.
+    pub name: String,
+    /// Its number now.
+    pub domid: u16,
+    /// Its uuid.
+    pub uuid: String,
+}
+
+impl From<&DomainPeer> for DomainEntry {
+    fn from(domain: &DomainPeer) -> Self {
+        Self {
+            name: domain.name.clone(),
+            domid: domain.domid,
+            uuid: Uuid(domain.uuid).to_string(),
+        }
+    }
 }
 
 /// One export; the fields are the configuration's.

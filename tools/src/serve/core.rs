@@ -15,7 +15,7 @@ use super::wake::Wake;
 use copage_cache::CacheEvent;
 use copage_coherence::msg::{FenceReason, MESSAGE_BYTES_MAX, Notice};
 use copage_coherence::session::Event;
-use copage_grants::channel::{ChannelError, Listener};
+use copage_grants::channel::{Channel, ChannelError, Listener, Peer};
 use copage_grants::sys::SignalFd;
 use std::collections::HashMap;
 use std::io;
@@ -132,7 +132,7 @@ impl Core {
             Source::Signals => self.signal(),
             Source::Timer => self.poller.rang(),
             Source::Host => self.ctx.cache.host_events(),
-            Source::Guest(id) => self.guest(id, ready),
+            Source::Guest(id) | Source::Room(id) => self.guest(id, ready),
             Source::Peer(id) => self.process_ended(id),
             Source::Admin(id) => self.admin_ready(id, ready),
         }
@@ -152,28 +152,30 @@ impl Core {
         }
     }
 
-    fn accept(&mut self) {
-        for _ in 0..ACCEPTS_PER_TURN {
-            if self.greeting >= GREETING_MAX {
-                // Whoever has waited longest without a word makes room.
-                let silent = self.conns.values().filter(|c| c.session.is_none());
-                let Some(oldest) = silent.min_by_key(|c| c.id).map(|c| c.id) else {
-                    return;
-                };
+    /// A connection begins.
+    pub(super) fn begin(&mut self, channel: Channel, peer: Peer) {
+        if self.greeting >= GREETING_MAX {
+            // Whoever has waited longest without a word makes room.
+            let silent = self.conns.values().filter(|c| c.session.is_none());
+            if let Some(oldest) = silent.min_by_key(|c| c.id).map(|c| c.id) {
                 self.drop_conn(oldest);
             }
+        }
+        self.next_conn += 1;
+        let conn = Conn::new(self.next_conn, channel, peer, self.ctx.now_ms);
+        if let Err(error) = self.watch(&conn) {
+            tracing::warn!(%error, "a connection could not be watched");
+            return;
+        }
+        self.ctx.counts.connections += 1;
+        self.greeting += 1;
+        self.conns.insert(conn.id, conn);
+    }
+
+    fn accept(&mut self) {
+        for _ in 0..ACCEPTS_PER_TURN {
             match self.listener.accept() {
-                Ok((channel, peer)) => {
-                    self.next_conn += 1;
-                    let conn = Conn::new(self.next_conn, channel, peer, self.ctx.now_ms);
-                    if let Err(error) = self.watch(&conn) {
-                        tracing::warn!(%error, "a connection could not be watched");
-                        continue;
-                    }
-                    self.ctx.counts.connections += 1;
-                    self.greeting += 1;
-                    self.conns.insert(conn.id, conn);
-                }
+                Ok((channel, peer)) => self.begin(channel, Peer::Process(peer)),
                 Err(ChannelError::WouldBlock) => return,
                 Err(ChannelError::Sys {
                     call: "accept",
@@ -191,14 +193,16 @@ impl Core {
     }
 
     fn watch(&self, conn: &Conn) -> io::Result<()> {
-        self.poller
-            .add(&conn.peer.pidfd, Source::Peer(conn.id), Interest::READ)?;
+        if let Peer::Process(process) = &conn.peer {
+            self.poller
+                .add(&process.pidfd, Source::Peer(conn.id), Interest::READ)?;
+        }
         if let Some(channel) = &conn.channel
-            && let Err(error) = self
-                .poller
-                .add(channel, Source::Guest(conn.id), conn.interest)
+            && let Err(error) = self.poller.add_channel(channel, conn.id, conn.interest)
         {
-            self.poller.remove(&conn.peer.pidfd);
+            if let Peer::Process(process) = &conn.peer {
+                self.poller.remove(&process.pidfd);
+            }
             return Err(error);
         }
         Ok(())
@@ -234,7 +238,7 @@ impl Core {
                         }
                     }
                     Err(ChannelError::WouldBlock) => break,
-                    Err(ChannelError::Truncated { .. }) => {
+                    Err(ChannelError::Truncated { .. } | ChannelError::Nonsense(_)) => {
                         self.ctx.counts.messages_bad += 1;
                         match &conn.session {
                             Some(session) => {
@@ -286,7 +290,7 @@ impl Core {
             return;
         }
         let Some(channel) = &conn.channel else { return };
-        match self.poller.change(channel, Source::Guest(id), wanted) {
+        match self.poller.change_channel(channel, id, wanted) {
             Ok(()) => conn.interest = wanted,
             Err(error) => {
                 tracing::warn!(%error, "a connection can be watched no more");
@@ -338,9 +342,11 @@ impl Core {
     }
 
     pub(super) fn unwatch(&self, conn: &Conn) {
-        self.poller.remove(&conn.peer.pidfd);
+        if let Peer::Process(process) = &conn.peer {
+            self.poller.remove(&process.pidfd);
+        }
         if let Some(channel) = &conn.channel {
-            self.poller.remove(channel);
+            self.poller.remove_channel(channel);
         }
     }
 

@@ -1,12 +1,15 @@
-//! Who a guest is: its name, by what the kernel says of the process that connected.
+//! Who a guest is: its name, by what the kernel says of the process that connected, or by what the
+//! toolstack says of the domain (never by its domid, which is used again).
 //!
-//! Root and the daemon's own uid may take any name. Everybody else is who the configuration says
+//! A domain is who the configuration, or `copage attach`, says that its uuid or its name is. Of
+//! processes, root and the daemon's own uid may take any name. Everybody else is who the configuration says
 //! its uid is; without any `[[guest]]` there, `uid-N`. Charges and limits go by name, so that
 //! connecting again changes nothing.
 
-use super::limits::GUEST_NAMES_MAX;
-use crate::config::{GuestConfig, Limits};
+use super::limits::{DOMAINS_MAX, GUEST_NAMES_MAX};
+use crate::config::{GuestConfig, Limits, Uuid, check_domain};
 use copage_coherence::msg::LABEL_BYTES_MAX;
+use copage_grants::channel::DomainPeer;
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -31,6 +34,21 @@ pub(super) enum Refused {
     /// The uid is nobody here.
     #[error("uid {0} is no [[guest]] of the configuration")]
     Unknown(u32),
+    /// The domain may not take the name.
+    #[error("domain {domain:?} is guest {is:?} here and may not connect as {name:?}")]
+    NotThisDomain {
+        /// Its name in the toolstack.
+        domain: String,
+        /// Who it is.
+        is: String,
+        /// As whom.
+        name: String,
+    },
+    /// The domain is nobody here.
+    #[error(
+        "domain {0:?} is not attached: `copage attach {0} EXPORT` in the control domain lets it in"
+    )]
+    NotAttached(String),
     /// Too many names in use.
     #[error("{GUEST_NAMES_MAX} guest names are in use")]
     TooMany,
@@ -40,7 +58,10 @@ impl Refused {
     pub(super) fn errno(&self) -> i32 {
         match self {
             Self::BadName => libc::EINVAL,
-            Self::NotYours { .. } | Self::Unknown(_) => libc::EACCES,
+            Self::NotYours { .. }
+            | Self::Unknown(_)
+            | Self::NotThisDomain { .. }
+            | Self::NotAttached(_) => libc::EACCES,
             Self::TooMany => libc::EUSERS,
         }
     }
@@ -53,6 +74,8 @@ pub(super) struct GuestEntry {
     pub limits: Limits,
     /// From the configuration: never forgotten.
     configured: bool,
+    /// A domain is attached as this guest: not forgotten meanwhile.
+    attached: bool,
     /// Sessions and domids not drained.
     pub sessions: usize,
     pub handles: usize,
@@ -60,11 +83,39 @@ pub(super) struct GuestEntry {
     pub files: usize,
 }
 
+/// How a domain is known: by what the toolstack writes of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum DomainIs {
+    /// Its name.
+    Named(String),
+    /// Its uuid.
+    Uuid(Uuid),
+}
+
+impl DomainIs {
+    /// What an administrator wrote: a uuid, or else a name.
+    pub(super) fn parse(text: &str) -> Result<Self, String> {
+        match text.parse() {
+            Ok(uuid) => Ok(Self::Uuid(uuid)),
+            Err(_) => check_domain(text).map(|()| Self::Named(text.to_owned())),
+        }
+    }
+
+    fn is(&self, domain: &DomainPeer) -> bool {
+        match self {
+            Self::Named(name) => *name == domain.name,
+            Self::Uuid(uuid) => uuid.0 == domain.uuid,
+        }
+    }
+}
+
 /// All guests by name. Numbers are those that the cache charges.
 #[derive(Debug)]
 pub(super) struct Guests {
     own_uid: u32,
     by_uid: Vec<(u32, u32)>,
+    /// Domains that are attached.
+    by_domain: Vec<(DomainIs, u32)>,
     entries: Vec<GuestEntry>,
     by_name: HashMap<Arc<str>, u32>,
     defaults: Limits,
@@ -75,6 +126,7 @@ impl Guests {
         let mut guests = Self {
             own_uid,
             by_uid: Vec::new(),
+            by_domain: Vec::new(),
             entries: Vec::new(),
             by_name: HashMap::new(),
             defaults,
@@ -82,6 +134,9 @@ impl Guests {
         for guest in configured {
             let id = guests.push(&guest.name, guest.limits, true);
             guests.by_uid.extend(guest.uid.map(|uid| (uid, id)));
+            let named = guest.domain.clone().map(DomainIs::Named);
+            let known = named.or(guest.uuid.map(DomainIs::Uuid));
+            guests.by_domain.extend(known.map(|is| (is, id)));
         }
         guests
     }
@@ -95,6 +150,7 @@ impl Guests {
             name,
             limits,
             configured,
+            attached: false,
             sessions: 0,
             handles: 0,
             files: 0,
@@ -158,6 +214,72 @@ impl Guests {
         }
     }
 
+    /// Which domains may have sessions at all.
+    pub(super) fn domains(&self) -> impl Iterator<Item = &DomainIs> {
+        self.by_domain.iter().map(|(is, _)| is)
+    }
+
+    /// Who a domain is, that says it is `claimed` (empty: it says nothing). A uuid says more than a
+    /// name.
+    pub(super) fn identify_domain(
+        &self,
+        domain: &DomainPeer,
+        claimed: &[u8],
+    ) -> Result<u32, Refused> {
+        let by_uuid = |is: &DomainIs| matches!(is, DomainIs::Uuid(_));
+        let mut found = self.by_domain.iter().filter(|(is, _)| is.is(domain));
+        let first = found.next();
+        let best = found.find(|(is, _)| by_uuid(is)).or(first);
+        let &(_, id) = best.ok_or_else(|| Refused::NotAttached(domain.name.clone()))?;
+        let is = self.get(id).map_or("", |entry| &entry.name);
+        if claimed.is_empty() || claimed == is.as_bytes() {
+            return Ok(id);
+        }
+        Err(Refused::NotThisDomain {
+            domain: domain.name.clone(),
+            is: is.to_owned(),
+            name: check_name(claimed)?.to_owned(),
+        })
+    }
+
+    /// Lets a domain have sessions. The guest's number and whether its limits have to be made known
+    /// to the cache: who the configuration says that it is, else one named as the domain.
+    pub(super) fn attach(&mut self, is: DomainIs) -> Result<(u32, bool), Refused> {
+        if let Some((_, id)) = self.by_domain.iter().find(|(known, _)| *known == is) {
+            return Ok((*id, false));
+        }
+        if self.by_domain.len() >= DOMAINS_MAX {
+            return Err(Refused::TooMany);
+        }
+        let name = match &is {
+            DomainIs::Named(name) => name.clone(),
+            DomainIs::Uuid(uuid) => uuid.to_string(),
+        };
+        let (id, is_new) = self.named(check_name(name.as_bytes())?)?;
+        if let Some(entry) = self.get_mut(id) {
+            // Stays as long as the domain is attached.
+            entry.attached = true;
+        }
+        self.by_domain.push((is, id));
+        Ok((id, is_new))
+    }
+
+    /// Lets a domain have no sessions any more; who it was.
+    pub(super) fn detach(&mut self, is: &DomainIs) -> Option<u32> {
+        let place = self.by_domain.iter().position(|(known, _)| known == is)?;
+        let (_, id) = self.by_domain.remove(place);
+        if let Some(entry) = self.get_mut(id) {
+            entry.attached = false;
+        }
+        Some(id)
+    }
+
+    /// Who an attached domain is.
+    pub(super) fn attached(&self, is: &DomainIs) -> Option<u32> {
+        let found = self.by_domain.iter().find(|(known, _)| known == is);
+        found.map(|&(_, id)| id)
+    }
+
     fn named(&mut self, name: &str) -> Result<(u32, bool), Refused> {
         if let Some(id) = self.by_name(name) {
             return Ok((id, false));
@@ -169,7 +291,7 @@ impl Guests {
         let idle = self
             .entries
             .iter()
-            .position(|e| !e.configured && e.sessions == 0);
+            .position(|e| !e.configured && !e.attached && e.sessions == 0);
         let place = idle.ok_or(Refused::TooMany)?;
         let name: Arc<str> = name.into();
         let entry = self.entries.get_mut(place).ok_or(Refused::TooMany)?;
@@ -206,8 +328,47 @@ mod tests {
         GuestConfig {
             name: name.into(),
             uid,
+            domain: None,
+            uuid: None,
             limits: Limits::default(),
         }
+    }
+
+    fn domain(name: &str, uuid: u8) -> DomainPeer {
+        DomainPeer {
+            domid: 7,
+            name: name.into(),
+            uuid: [uuid; 16],
+        }
+    }
+
+    #[test]
+    fn domains_are_who_the_configuration_or_the_administrator_says() {
+        let mut by_name = guest("web", None);
+        by_name.domain = Some("web-vm".into());
+        let mut by_uuid = guest("db", None);
+        by_uuid.uuid = Some(Uuid([5; 16]));
+        let mut guests = Guests::new(OWN, Limits::default(), &[by_name, by_uuid]);
+        assert_eq!(guests.identify_domain(&domain("web-vm", 1), b""), Ok(0));
+        assert_eq!(guests.identify_domain(&domain("web-vm", 1), b"web"), Ok(0));
+        // Whatever its name, the uuid says who it is.
+        assert_eq!(guests.identify_domain(&domain("web-vm", 5), b""), Ok(1));
+        assert_eq!(guests.identify_domain(&domain("db", 5), b"db"), Ok(1));
+        let lie = guests.identify_domain(&domain("web-vm", 1), b"db");
+        assert!(matches!(lie, Err(Refused::NotThisDomain { .. })));
+        let unknown = guests.identify_domain(&domain("new", 9), b"");
+        assert_eq!(unknown, Err(Refused::NotAttached("new".into())));
+
+        let is = DomainIs::parse("new").unwrap();
+        let (id, is_new) = guests.attach(is.clone()).unwrap();
+        assert!(is_new && guests.attach(is.clone()) == Ok((id, false)));
+        assert_eq!(guests.identify_domain(&domain("new", 9), b""), Ok(id));
+        assert_eq!(guests.detach(&is), Some(id));
+        assert!(guests.identify_domain(&domain("new", 9), b"").is_err());
+        // Attached as who it is already.
+        let is = DomainIs::parse("web-vm").unwrap();
+        assert_eq!(guests.attach(is), Ok((0, false)));
+        assert!(DomainIs::parse("17").is_err() && DomainIs::parse("a b").is_err());
     }
 
     fn name_of(guests: &mut Guests, uid: u32, claimed: &str) -> Result<String, Refused> {

@@ -10,6 +10,7 @@ use super::session::{Conn, Session};
 use copage_cache::{CachedFile, GuestLimits, Holder};
 use copage_coherence::msg::{FenceReason, FileToken, Notice, Reply, WelcomeFlags};
 use copage_coherence::session::{Action, Event, Guest, RecallOutcome, Refusal, Subject};
+use copage_grants::channel::{Channel, Peer, ProcessPeer};
 use copage_grants::{DomId, Epoch, TrustClass};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -49,7 +50,7 @@ impl Ctx {
             who: Holder {
                 dom,
                 guest: hello.guest,
-                class: trust_class(conn.peer.uid),
+                class: self.class_of(&conn.peer),
             },
             name: name.clone(),
             handles: Handles::new(epoch),
@@ -61,8 +62,18 @@ impl Ctx {
         self.by_dom.insert(dom, conn.id);
         self.by_epoch.insert(epoch, conn.id);
         self.counts.sessions += 1;
-        tracing::info!(guest = %name, dom = dom.0, pid = conn.peer.pid, uid = conn.peer.uid, "connected");
-        let fd = if hello.wants_userfaultfd {
+        match &conn.peer {
+            Peer::Process(ProcessPeer { pid, uid, .. }) => {
+                tracing::info!(guest = %name, dom = dom.0, pid, uid, "connected");
+            }
+            Peer::Domain(domain) => {
+                let (domain, domid) = (&domain.name, domain.domid);
+                tracing::info!(guest = %name, dom = dom.0, %domain, domid, "connected");
+            }
+        }
+        let carries = conn.channel.as_ref();
+        let carries = carries.is_some_and(Channel::carries_descriptors);
+        let fd = if hello.wants_userfaultfd && carries {
             self.userfaultfd.as_ref().and_then(|fd| fd.try_clone().ok())
         } else {
             None
@@ -70,7 +81,10 @@ impl Ctx {
         let can = self.backend.capabilities();
         let config = self.machine.config();
         // A guest under the daemon's own uid is cooperative, whatever the backend enforces.
-        let contained = conn.peer.uid != self.own_uid && conn.peer.uid != 0;
+        let contained = match &conn.peer {
+            Peer::Process(process) => process.uid != self.own_uid && process.uid != 0,
+            Peer::Domain(_) => true,
+        };
         let reply = Reply::Welcome {
             dom,
             epoch,
@@ -326,7 +340,7 @@ impl Core {
         let Some(channel) = conn.channel.take() else {
             return;
         };
-        self.poller.remove(&channel);
+        self.poller.remove_channel(&channel);
         // What it had said before: a reply that could not be sent must not hide the Bye behind it.
         for _ in 0..LAST_MESSAGES_MAX {
             let Some(conn) = self.conns.get_mut(&id).filter(|c| c.session.is_some()) else {
@@ -383,6 +397,18 @@ impl Core {
 
     fn openers_of(&self, file: &Arc<CachedFile>) -> Vec<(u64, FileToken)> {
         self.ctx.openers.get(&file.id).cloned().unwrap_or_default()
+    }
+}
+
+impl Ctx {
+    /// Where there are no descriptors, grants keep guests apart.
+    fn class_of(&self, peer: &Peer) -> TrustClass {
+        match peer {
+            Peer::Process(process) if self.backend.capabilities().descriptors => {
+                trust_class(process.uid)
+            }
+            _ => TrustClass::OWN,
+        }
     }
 }
 

@@ -10,6 +10,8 @@ pub const SESSIONS_MAX: usize = 1024;
 pub const GUEST_SESSIONS_MAX: usize = 256;
 /// Guest names remembered for their charges. A new name takes the place of one that nobody uses.
 pub const GUEST_NAMES_MAX: usize = 4096;
+/// Domains that are attached, configured ones included.
+pub const DOMAINS_MAX: usize = 4096;
 /// Requests of one session that wait for a disk. Beyond it the session is not read: what it sends
 /// stays in its own socket buffer. `SESSIONS_MAX` of these must fit the cache's metadata queue.
 pub const IN_FLIGHT_MAX: usize = 48;

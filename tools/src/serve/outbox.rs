@@ -60,6 +60,11 @@ impl Outbox {
 
     /// Sends what waits, as far as the guest reads.
     pub(super) fn flush(&mut self, channel: &Channel) -> Result<(), Unsent> {
+        match channel.flush() {
+            Ok(()) => {}
+            Err(ChannelError::WouldBlock) => return Ok(()),
+            Err(_) => return Err(Unsent::Broken),
+        }
         while let Some((message, fd)) = self.waiting.front() {
             match channel.try_send(message, fd.as_ref().map(AsFd::as_fd)) {
                 Ok(()) => {

@@ -1,6 +1,7 @@
 //! What the loop waits for: epoll, with a timer on CLOCK_BOOTTIME.
 
 use super::limits::EVENTS_PER_ROUND;
+use copage_grants::channel::Channel;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::io::Errno;
 use rustix::time::{
@@ -27,6 +28,8 @@ pub(super) enum Source {
     Host,
     /// A guest's channel.
     Guest(u64),
+    /// The descriptor by which a guest's ring says that room came; told as [`Self::Guest`].
+    Room(u64),
     /// A guest's process.
     Peer(u64),
     /// An admin connection.
@@ -48,6 +51,7 @@ impl Source {
             Self::Guest(id) => (6, id),
             Self::Peer(id) => (7, id),
             Self::Admin(id) => (8, id),
+            Self::Room(id) => (9, id),
         };
         EventData::new_u64(kind << ID_BITS | id)
     }
@@ -63,7 +67,8 @@ impl Source {
             5 => Self::Host,
             6 => Self::Guest(id),
             7 => Self::Peer(id),
-            _ => Self::Admin(id),
+            8 => Self::Admin(id),
+            _ => Self::Room(id),
         }
     }
 }
@@ -83,6 +88,12 @@ impl Interest {
         read: true,
         write: false,
     };
+
+    /// The same for two descriptors that are both read from: one for messages, one for room.
+    fn by_direction(self) -> (Self, Self) {
+        let read = |read| Self { read, write: false };
+        (read(self.read), read(self.write))
+    }
 
     fn flags(self) -> EventFlags {
         let mut flags = EventFlags::empty();
@@ -145,6 +156,48 @@ impl Poller {
         )?)
     }
 
+    /// Waits for what a guest's channel is ready for: on a ring by a descriptor for each direction.
+    pub(super) fn add_channel(
+        &self,
+        channel: &Channel,
+        id: u64,
+        interest: Interest,
+    ) -> io::Result<()> {
+        if channel.carries_descriptors() {
+            return self.add(channel, Source::Guest(id), interest);
+        }
+        let (read, write) = interest.by_direction();
+        self.add(channel.read_fd(), Source::Guest(id), read)?;
+        let added = self.add(channel.write_fd(), Source::Room(id), write);
+        if added.is_err() {
+            self.remove(channel.read_fd());
+        }
+        added
+    }
+
+    /// Changes what a guest's channel is waited for.
+    pub(super) fn change_channel(
+        &self,
+        channel: &Channel,
+        id: u64,
+        interest: Interest,
+    ) -> io::Result<()> {
+        if channel.carries_descriptors() {
+            return self.change(channel, Source::Guest(id), interest);
+        }
+        let (read, write) = interest.by_direction();
+        self.change(channel.read_fd(), Source::Guest(id), read)?;
+        self.change(channel.write_fd(), Source::Room(id), write)
+    }
+
+    /// Ends the waiting on a guest's channel.
+    pub(super) fn remove_channel(&self, channel: &Channel) {
+        self.remove(channel.read_fd());
+        if !channel.carries_descriptors() {
+            self.remove(channel.write_fd());
+        }
+    }
+
     /// Ends the waiting on a descriptor. Closing it would not do where a copy of it is open.
     pub(super) fn remove(&self, fd: impl AsFd) {
         // It is there: only this removes, once.
@@ -204,11 +257,20 @@ impl Poller {
         }
         out.extend(events.iter().map(|event| {
             let (flags, data) = (event.flags, event.data);
-            Ready {
+            let ready = Ready {
                 source: Source::from_data(data.u64()),
                 read: flags.contains(EventFlags::IN),
                 write: flags.contains(EventFlags::OUT),
                 hung_up: flags.intersects(EventFlags::HUP | EventFlags::ERR),
+            };
+            match ready.source {
+                Source::Room(id) => Ready {
+                    source: Source::Guest(id),
+                    read: false,
+                    write: ready.read,
+                    hung_up: ready.hung_up,
+                },
+                _ => ready,
             }
         }));
         Ok(())

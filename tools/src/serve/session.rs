@@ -129,7 +129,7 @@ impl Conn {
     pub(super) fn wanted(&self) -> Interest {
         Interest {
             read: self.may_read(),
-            write: !self.outbox.is_empty(),
+            write: !self.outbox.is_empty() || self.channel.as_ref().is_some_and(Channel::has_rest),
         }
     }
 }

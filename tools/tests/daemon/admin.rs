@@ -30,7 +30,7 @@ fn local_admin_lists_guests_and_exports() {
         ("web", a.dom, a.epoch.0)
     );
     assert_eq!((guest.handles, guest.files, guest.requests), (1, 0, 1));
-    assert_eq!(guest.pid, std::process::id() as i32);
+    assert_eq!(guest.pid, Some(std::process::id() as i32));
     assert!(guest.lease_left_ms > 3000 && guest.lease_left_ms <= 5050);
     let AdminReply::Exports { exports } = host.admin(&AdminRequest::ExportList) else {
         panic!()

@@ -184,7 +184,7 @@ fn local_a_killed_guest_is_gone_at_once() {
         panic!()
     };
     assert_eq!(
-        (guests[0].name.as_str(), guests[0].pid),
+        (guests[0].name.as_str(), guests[0].pid.unwrap()),
         ("child", child.id() as i32)
     );
     let killed = Instant::now();
@@ -314,6 +314,8 @@ fn local_access_lists_and_limits_go_by_name() {
         c.guests = vec![GuestConfig {
             name: "small".into(),
             uid: None,
+            domain: None,
+            uuid: None,
             limits: small,
         }];
         c.exports[0].allow = vec!["small".into(), "other".into()];
