@@ -4,10 +4,15 @@
 //! daemon maps, binds, says so in the ring and removes the nodes. docs/protocol.md has the layout.
 //! Whatever a guest writes is read once, checked, and counted where it cannot be.
 
+mod accept;
 mod guest;
 pub mod limits;
+mod listener;
 mod nodes;
 mod pages;
 mod rate;
+mod registry;
 
 pub use guest::connect;
+pub use listener::{XenListener, XenListenerStats};
+pub use registry::{ListenerEvent, Wanted};
