@@ -112,7 +112,22 @@ impl fmt::Debug for Client {
 impl Client {
     /// Begins a session with the daemon that listens at `socket`.
     pub fn connect(socket: &Path, options: &ConnectOptions) -> Result<Self> {
-        let shared = crate::connect::connect(socket, options)?;
+        let device = crate::granted::kernel_device();
+        let shared = crate::connect::connect(socket, options, device)?;
+        Ok(Self {
+            handle: Arc::new(ClientHandle { shared }),
+        })
+    }
+
+    /// As [`Self::connect`], with another device for grants than the kernel's.
+    #[cfg(test)]
+    pub(crate) fn connect_with_device(
+        socket: &Path,
+        options: &ConnectOptions,
+        device: Arc<dyn crate::granted::device::Device>,
+    ) -> Result<Self> {
+        let opener: crate::granted::Opener = Box::new(move || Ok(Arc::clone(&device)));
+        let shared = crate::connect::connect(socket, options, opener)?;
         Ok(Self {
             handle: Arc::new(ClientHandle { shared }),
         })

@@ -2,6 +2,7 @@
 
 use crate::client::{ConnectOptions, UserfaultPolicy, Welcome};
 use crate::error::{LostWhy, MmapError, Result};
+use crate::granted::Opener;
 use crate::limits::WELCOME_TIMEOUT;
 use crate::pager::{Pager, now_ms, worker};
 use crate::quiet::Quiet;
@@ -58,9 +59,18 @@ fn first_message(channel: &Channel, buf: &mut [u8]) -> Result<Received> {
     }
 }
 
-/// Says Hello and starts the session's two threads.
-pub(crate) fn connect(socket: &Path, options: &ConnectOptions) -> Result<Arc<Shared>> {
+/// Begins a session with the daemon that listens at `socket`.
+pub(crate) fn connect(
+    socket: &Path,
+    options: &ConnectOptions,
+    opener: Opener,
+) -> Result<Arc<Shared>> {
     let channel = Channel::connect(socket).map_err(|e| channel_error(&e))?;
+    begin(channel, options, opener)
+}
+
+/// Says Hello and starts the session's two threads.
+fn begin(channel: Channel, options: &ConnectOptions, opener: Opener) -> Result<Arc<Shared>> {
     let sys = |call| move |e: io::Error| MmapError::sys(call, &e);
     let wake = EventFd::new().map_err(sys("eventfd"))?;
     let empty = empty_file().map_err(sys("memfd_create"))?;
@@ -115,10 +125,18 @@ pub(crate) fn connect(socket: &Path, options: &ConnectOptions) -> Result<Arc<Sha
     let uffd = Uffd::open(options.userfault, full, device);
     let (jobs, todo) = crossbeam_channel::unbounded();
     let session = Session::new(welcome.epoch, channel, wake, HELLO + 1);
-    let shared = Arc::new(Shared::new(session, welcome, uffd, jobs, empty));
+    let (tell, told) = crossbeam_channel::unbounded();
+    let shared = Arc::new(Shared::new(
+        session,
+        welcome,
+        uffd,
+        (jobs, tell),
+        empty,
+        opener,
+    ));
     let finished = Arc::new(AtomicBool::new(false));
 
-    let pager = Pager::new(Arc::clone(&shared), hello_ms, Arc::clone(&finished));
+    let pager = Pager::new(Arc::clone(&shared), hello_ms, Arc::clone(&finished), told);
     // Handlers of signals that come while the threads start must not run in them.
     let _quiet = Quiet::new();
     // Should the second thread not start, the first one ends the session when it is told to.

@@ -107,6 +107,9 @@ pub enum MmapError {
     /// This machine has no usable userfaultfd: mapping is not possible, reading is.
     #[error("no userfaultfd: {0}")]
     NoUserfaultfd(String),
+    /// The daemon shares this file by grants, and this machine cannot map them: reading works.
+    #[error("no grants: {0}")]
+    NoGrants(String),
     /// The daemon answered what does not fit the request, or cannot be decoded.
     #[error("protocol error: {0}")]
     Protocol(String),
@@ -124,7 +127,7 @@ impl MmapError {
             Self::Forked => libc::ECHILD,
             Self::Invalid(_) => libc::EINVAL,
             Self::Access(_) => libc::EACCES,
-            Self::NoUserfaultfd(_) => libc::EOPNOTSUPP,
+            Self::NoUserfaultfd(_) | Self::NoGrants(_) => libc::EOPNOTSUPP,
             Self::Protocol(_) => libc::EPROTO,
         }
     }

@@ -20,7 +20,7 @@ pub(crate) struct Content {
     /// Length in bytes.
     pub(crate) bytes: u64,
     /// The home's descriptor; one open file for all mappings of the generation, so that the kernel
-    /// can join their parts again.
+    /// can join their parts again. `None`: not for mapping, or the pages come as grants.
     pub(crate) home: Option<Arc<OwnedFd>>,
 }
 
@@ -31,6 +31,8 @@ pub(crate) struct FileInner {
     how: OpenHow,
     pinned: bool,
     host_bounded: bool,
+    /// Opened to map, without a descriptor: the pages come as grants.
+    granted: bool,
     /// The version that was opened.
     opened_version: Version,
     /// The home that was pinned. A newer content has another home, whose pages need not be there.
@@ -44,6 +46,11 @@ pub(crate) struct FileInner {
 }
 
 impl FileInner {
+    /// Do its pages come as grants?
+    pub(crate) fn granted(&self) -> bool {
+        self.granted
+    }
+
     /// What it was opened for.
     pub(crate) fn how(&self) -> OpenHow {
         self.how
@@ -114,6 +121,7 @@ impl File {
                 how,
                 pinned: flags.pinned,
                 host_bounded: flags.host_bounded,
+                granted: how == OpenHow::Map && home.is_none(),
                 opened_version: content.version,
                 pinned_home: home.clone().filter(|_| how == OpenHow::Pin),
                 content: Leaf::new(Content { home, ..content }),
@@ -123,9 +131,9 @@ impl File {
         };
         client.shared().remember_file(token, &file.inner);
         let has_home = file.inner.content.lock().home.is_some();
-        if how != OpenHow::Read && !has_home {
+        if how == OpenHow::Pin && !has_home {
             return Err(MmapError::Protocol(
-                "an open for mapping came without descriptor".into(),
+                "a pinning open came without descriptor".into(),
             ));
         }
         if how == OpenHow::Pin && !flags.pinned {

@@ -12,6 +12,7 @@ mod error;
 pub mod exec;
 mod export;
 mod file;
+mod granted;
 mod limits;
 mod mapped;
 mod mapping;

@@ -16,6 +16,20 @@ pub(crate) const STREAM_START_REACH_PAGES: u64 = 1;
 /// How far behind the last window of a stream its next fault may be, in pages: others brought those
 /// between. Not more: see [`crate::window::Windows::choose`].
 pub(crate) const STREAM_REACH_PAGES: u64 = 32;
+/// The window of a fault of a granted file from which nothing follows, in pages: 64 KiB, as the kernel's
+/// fault-around. A map costs a hypercall and a VMA, whatever its length.
+pub(crate) const GRANTED_PAGES_FIRST: u32 = 16;
+/// Windows that a session has mapped at one time. Each is a VMA and leaves one beside it: a quarter
+/// of vm.max_map_count (65,530 by default), which the program needs as well.
+pub(crate) const WINDOWS_MAX: usize = 8192;
+/// Pages that a session has mapped from grants at one time: 768 MiB, three quarters of what Xen tracks
+/// for a guest by default (max_maptrack_frames, 262,144 pages); the rest is for other sessions, and for
+/// a batch that is tried before it is shown.
+pub(crate) const GRANTED_PAGES_MAX: usize = 196_608;
+/// Part of what is mapped that is given back when there is no room, oldest first.
+pub(crate) const GIVE_BACK_PART: usize = 16;
+/// How often a batch of grants is tried before its pages are asked for one by one.
+pub(crate) const MAP_TRIES_MAX: u32 = 2;
 /// Bytes of a huge frame: mappings are placed so that huge frames can be mapped whole.
 pub(crate) const HUGE_BYTES: usize = 2 << 20;
 /// Messages waiting for a daemon that does not read. A full queue means that the daemon is stuck:

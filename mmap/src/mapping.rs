@@ -3,6 +3,7 @@
 use crate::client::Client;
 use crate::error::{MmapError, Result};
 use crate::file::File;
+use crate::granted::{Brought, Told};
 use crate::limits::{HUGE_BYTES, POPULATE_TRIES_MAX, WINDOW_PAGES_MAX};
 use crate::mapped::{Mapped, fresh};
 use crate::pager::worker::Job;
@@ -165,6 +166,9 @@ impl Mapping {
             ));
         }
         let uffd = shared.uffd()?;
+        if inner.granted() {
+            shared.granted()?;
+        }
         let private = options.kind == MapKind::Private;
         if private && !uffd.can_protect() {
             return Err(MmapError::NoUserfaultfd(
@@ -354,6 +358,9 @@ impl Mapping {
     fn ask(&self, first: usize, end: usize) -> Result<()> {
         let shared = self.client.shared();
         let file = self.mapped.file();
+        if file.granted() {
+            return self.ask_granted(first, end);
+        }
         let mut at = first;
         let mut stales = 0;
         while at < end {
@@ -420,6 +427,52 @@ impl Mapping {
         Ok(())
     }
 
+    /// Has pages `first..end` of the mapping brought by grants. The pager asks: what it sends and what
+    /// it says to be unmapped must keep their order ([`crate::granted`]).
+    fn ask_granted(&self, first: usize, end: usize) -> Result<()> {
+        let shared = self.client.shared();
+        let base = self.mapped.first_page();
+        let (mut at, end) = (base + first as u64, base + end as u64);
+        let mut again = 0;
+        while at < end {
+            let file_bytes = self.mapped.file().content.lock().bytes;
+            if end > pages_for(file_bytes) {
+                return Err(MmapError::Invalid(format!(
+                    "the range ends past the end of the file, which has {file_bytes} bytes now"
+                )));
+            }
+            let (tell, told) = crossbeam_channel::bounded(1);
+            shared.tell(Told::Want {
+                mapped: Arc::clone(&self.mapped),
+                page: at,
+                end,
+                tell,
+            });
+            match told.recv() {
+                Ok(Brought::Until(until)) if until > at => at = until,
+                Ok(Brought::Until(_) | Brought::Again) => {
+                    again += 1;
+                    if again > POPULATE_TRIES_MAX {
+                        return Err(MmapError::Sys {
+                            call: "bringing pages that are taken back at once",
+                            errno: libc::EAGAIN,
+                        });
+                    }
+                    if let Some(PageError {
+                        offset: None,
+                        error,
+                    }) = self.mapped.last_error()
+                    {
+                        return Err(error);
+                    }
+                }
+                Ok(Brought::Failed(error)) => return Err(error),
+                Err(_) => return Err(shared.session.lost_error()),
+            }
+        }
+        Ok(())
+    }
+
     /// Takes the pages of `range` out of this process's page tables; they fault again by
     /// themselves. Pages stored to privately stay. For tests and benches.
     pub fn unmap_pages(&self, range: Range<usize>) -> Result<()> {
@@ -444,7 +497,7 @@ impl Drop for Mapping {
             return;
         }
         shared.space.lock().remove(&self.mapped);
-        if !self.mapped.try_unmap() {
+        if !self.mapped.try_unmap(shared) {
             // Somebody is replacing its pages: the worker unmaps it when that is done.
             let _ = shared.jobs.send(Job::Unmap(Arc::clone(&self.mapped)));
         }

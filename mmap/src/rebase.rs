@@ -1,6 +1,7 @@
 //! Showing a file's newer content. On any thread but the pager.
 
 use crate::file::{Content, FileInner};
+use crate::granted::{Pages, Told};
 use crate::session::Shared;
 use copage_coherence::msg::{FileToken, Generation, OpenHow, PageRange, Request};
 use copage_grants::{PageIndex, pages_for};
@@ -22,6 +23,19 @@ pub(crate) fn rebase(shared: &Shared, file: &Arc<FileInner>, content: Content) {
     }
     // What is pinned stays mapped, by whomever has its descriptor, until it is closed.
     if let Some(older) = older.filter(|_| file.how() != OpenHow::Pin) {
+        if file.granted() {
+            let pages = Pages {
+                generation: older.generation,
+                first: 0,
+                count: pages_for(older.bytes),
+            };
+            let file = Arc::clone(file);
+            return shared.tell(Told::TakenBack {
+                file,
+                pages,
+                recall: None,
+            });
+        }
         unmapped(
             shared,
             file.token,

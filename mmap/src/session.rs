@@ -4,7 +4,9 @@
 use crate::client::Welcome;
 use crate::error::{LostWhy, MmapError, Result};
 use crate::file::FileInner;
+use crate::granted::{Granted, Opener, Told};
 use crate::limits::OUTBOUND_MESSAGES_MAX;
+use crate::pager::now_ms;
 use crate::pager::space::Space;
 use crate::pager::worker::Job;
 use crate::quiet::Leaf;
@@ -17,7 +19,7 @@ use crossbeam_channel::{Sender, bounded};
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 
 /// Called when the session is lost.
 pub(crate) type LostCallback = Box<dyn FnOnce(&LostWhy) + Send>;
@@ -36,6 +38,11 @@ pub(crate) struct Shared {
     pub(crate) jobs: Sender<Job>,
     /// An empty file: what pages that are SIGBUS are mapped from.
     pub(crate) empty: OwnedFd,
+    /// To the pager, which is woken when it is idle.
+    told: Sender<Told>,
+    opener: Opener,
+    /// What granted files are mapped with, from the first of them on.
+    granted: OnceLock<std::result::Result<Granted, String>>,
 }
 
 impl Shared {
@@ -43,8 +50,9 @@ impl Shared {
         session: Session,
         welcome: Welcome,
         uffd: std::result::Result<Uffd, String>,
-        jobs: Sender<Job>,
+        (jobs, told): (Sender<Job>, Sender<Told>),
         empty: OwnedFd,
+        opener: Opener,
     ) -> Self {
         Self {
             session,
@@ -54,7 +62,28 @@ impl Shared {
             files: Leaf::new(HashMap::new()),
             jobs,
             empty,
+            told,
+            opener,
+            granted: OnceLock::new(),
         }
+    }
+
+    /// Hands something to the pager. Never waits, never fails: a pager that has ended has nobody to
+    /// tell.
+    pub(crate) fn tell(&self, told: Told) {
+        if self.told.send(told).is_ok() {
+            self.session.wake.signal();
+        }
+    }
+
+    /// What granted files are mapped with, or the error that says why they cannot be.
+    pub(crate) fn granted(&self) -> Result<&Granted> {
+        let granted = self
+            .granted
+            .get_or_init(|| (self.opener)().map(Granted::new));
+        granted
+            .as_ref()
+            .map_err(|why| MmapError::NoGrants(why.clone()))
     }
 
     pub(crate) fn remember_file(&self, token: FileToken, file: &Arc<FileInner>) {
@@ -126,6 +155,8 @@ pub(crate) struct Session {
     outbound: Leaf<VecDeque<Vec<u8>>>,
     overflow: AtomicBool,
     closing: AtomicBool,
+    /// When the lease ends by this side's clock, in ms of CLOCK_BOOTTIME; the pager's to set.
+    lease_ends_ms: AtomicU64,
     /// A leaf lock.
     calls: Leaf<Calls>,
 }
@@ -141,6 +172,7 @@ impl Session {
             outbound: Leaf::new(VecDeque::new()),
             overflow: AtomicBool::new(false),
             closing: AtomicBool::new(false),
+            lease_ends_ms: AtomicU64::new(0),
             calls: Leaf::new(Calls::default()),
         }
     }
@@ -158,6 +190,15 @@ impl Session {
         } else {
             Err(MmapError::Forked)
         }
+    }
+
+    pub(crate) fn set_lease(&self, ends_ms: u64) {
+        self.lease_ends_ms.store(ends_ms, Ordering::SeqCst);
+    }
+
+    /// Does the lease still run, by this side's clock?
+    pub(crate) fn has_lease(&self) -> bool {
+        now_ms() < self.lease_ends_ms.load(Ordering::SeqCst)
     }
 
     /// A number no request had.

@@ -126,6 +126,69 @@ impl Region {
         Ok(region)
     }
 
+    /// Maps `bytes` (whole pages) of memory that holds nothing yet; not copied to forked children.
+    pub(crate) fn anonymous(bytes: usize, protection: Protection) -> io::Result<Self> {
+        debug_assert!(bytes != 0 && bytes.is_multiple_of(PAGE_SIZE));
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        // SAFETY: no address is given, so the kernel chooses one that nothing uses.
+        let start = unsafe {
+            rustix::mm::mmap_anonymous(std::ptr::null_mut(), bytes, protection.flags(), flags)
+        }?;
+        let region = Self {
+            addr: start.expose_provenance(),
+            bytes,
+        };
+        region.advise(0, bytes, Advice::LinuxDontFork)?;
+        Ok(region)
+    }
+
+    /// Maps `bytes` (whole pages) of `file` from `offset`, shared and read-only, where the kernel
+    /// likes; not copied to forked children (but by a fork in the instant before this is said).
+    pub(crate) fn shared(file: BorrowedFd<'_>, offset: u64, bytes: usize) -> io::Result<Self> {
+        // SAFETY: no address is given, so the kernel chooses one that nothing uses.
+        let start = unsafe {
+            rustix::mm::mmap(
+                std::ptr::null_mut(),
+                bytes,
+                ProtFlags::READ,
+                MapFlags::SHARED,
+                file,
+                offset,
+            )
+        }?;
+        let region = Self {
+            addr: start.expose_provenance(),
+            bytes,
+        };
+        region.advise(0, bytes, Advice::LinuxDontFork)?;
+        Ok(region)
+    }
+
+    /// Maps `bytes` (whole pages) of `file` from `offset` over the pages at `at`, shared and
+    /// read-only. On error the pages may be unmapped: [`Self::refuse_unmapped`].
+    pub(crate) fn overlay(
+        &self,
+        at: usize,
+        bytes: usize,
+        file: BorrowedFd<'_>,
+        offset: u64,
+    ) -> io::Result<()> {
+        let addr = self.check(at, bytes)?;
+        // SAFETY: `check` saw that the fixed range lies in this region, which is ours alone and
+        // into which no reference exists.
+        unsafe {
+            rustix::mm::mmap(
+                pointer(addr),
+                bytes,
+                ProtFlags::READ,
+                MapFlags::SHARED | MapFlags::FIXED,
+                file,
+                offset,
+            )
+        }?;
+        self.advise(at, bytes, Advice::LinuxDontFork)
+    }
+
     pub(crate) fn addr(&self) -> usize {
         self.addr
     }
@@ -248,6 +311,15 @@ impl Region {
         }?;
         self.advise(at, bytes, Advice::LinuxDontFork)
     }
+}
+
+/// Does this thread map everything readable as executable too (personality(2), READ_IMPLIES_EXEC)?
+pub(crate) fn read_implies_exec() -> bool {
+    /// `READ_IMPLIES_EXEC`, linux/personality.h.
+    const READ_IMPLIES_EXEC: i32 = 0x0400000;
+    // SAFETY: personality(2) with this argument only tells what the personality is.
+    let now = unsafe { libc::personality(0xffff_ffff) };
+    now & READ_IMPLIES_EXEC != 0
 }
 
 /// Maps pages that are there, `write`: as copies of one's own. Needs Linux 5.14 (else EINVAL). A

@@ -87,6 +87,9 @@ struct UffdioCopy {
 }
 const _: () = assert!(size_of::<UffdioCopy>() == 40);
 
+/// `UFFDIO_COPY_MODE_WP`.
+const COPY_WP: u64 = 1 << 1;
+
 /// `struct uffdio_poison` (Linux 6.6).
 #[repr(C)]
 struct UffdioPoison {
@@ -427,6 +430,36 @@ impl Uffd {
                 result => return result,
             }
         }
+    }
+
+    /// Puts pages of one's own at `addr`, write-protected: the first store to each comes here. Pages
+    /// that are there already stay as they are. Wakes who waits. Waits while mappings are just
+    /// moving: never from the pager.
+    pub(crate) fn copy_protected(&self, addr: usize, pages: &[[u8; PAGE_SIZE]]) -> io::Result<()> {
+        let (mut at, mut tries) = (0, 0);
+        while at < pages.len() {
+            let rest = &pages[at..];
+            let mut argument = UffdioCopy {
+                dst: (addr + at * PAGE_SIZE) as u64,
+                src: rest.as_ptr().expose_provenance() as u64,
+                len: size_of_val(rest) as u64,
+                mode: COPY_WP,
+                copy: 0,
+            };
+            // SAFETY: UFFDIO_COPY takes `struct uffdio_copy`; `src` are pages that live.
+            match unsafe { ioctl(self.fd.as_fd(), UFFDIO_COPY, &mut argument) } {
+                Ok(()) => return Ok(()),
+                // Some were copied, then something was in the way: go on behind them, and see what.
+                Err(_) if argument.copy > 0 => at += argument.copy as usize / PAGE_SIZE,
+                Err(e) if e.raw_os_error() == Some(libc::EEXIST) => at += 1,
+                Err(e) if e.raw_os_error() == Some(libc::EAGAIN) && tries < AGAIN_TRIES_MAX => {
+                    tries += 1;
+                    std::thread::yield_now();
+                }
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
     }
 
     /// Reads what is there, without waiting; how many.

@@ -9,7 +9,7 @@ use copage_coherence::msg::FaultHint;
 /// What to ask for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Window {
-    /// The page that faulted.
+    /// The page that faulted, or one before it where a window is more than a page.
     pub(crate) first: u64,
     /// At least 1, at most [`WINDOW_PAGES_MAX`].
     pub(crate) count: u32,
@@ -28,20 +28,32 @@ struct Stream {
 }
 
 /// The readers of one mapping.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(crate) struct Windows {
     streams: Vec<Stream>,
     faults: u64,
+    /// The window of a fault from which nothing follows, in pages: a power of two, and where such a
+    /// window lies is a multiple of it.
+    least: u32,
 }
 
 impl Windows {
+    /// `least`: pages of a window where nothing is known; a power of two.
+    pub(crate) fn new(least: u32) -> Self {
+        Self {
+            streams: Vec::new(),
+            faults: 0,
+            least,
+        }
+    }
+
     /// The window for a fault at `page`; `end` is the first page that cannot be asked for, above
     /// `page`.
     ///
     /// A fault just behind a stream's last window, or a little further (pages that others brought
     /// do not fault), goes on with that stream and its window grows by four, up to 2 MiB. A window
     /// ends where its size divides the page number, so that the largest are whole huge frames. Any
-    /// other fault asks for one page and may be the start of a stream.
+    /// other fault asks for the least window around it and may be the start of a stream.
     ///
     /// "A little" stays little however large the window: faults at random in a file of some
     /// thousand pages would else be taken for streams, each window widening the trap for the next.
@@ -49,18 +61,17 @@ impl Windows {
         self.faults += 1;
         let used = self.faults;
         let found = self.streams.iter_mut().find(|s| {
-            let reach = match s.pages {
-                1 => STREAM_START_REACH_PAGES,
-                _ => STREAM_REACH_PAGES,
+            let reach = if s.pages == self.least {
+                STREAM_START_REACH_PAGES
+            } else {
+                STREAM_REACH_PAGES
             };
             page >= s.next && page - s.next <= reach
         });
-        let (pages, hint) = match found {
+        let (first, pages, hint) = match found {
             Some(stream) => {
-                let pages = match stream.pages {
-                    1 => WINDOW_PAGES_FIRST,
-                    pages => pages.saturating_mul(4).min(WINDOW_PAGES_MAX),
-                };
+                let pages = stream.pages.saturating_mul(4);
+                let pages = pages.clamp(WINDOW_PAGES_FIRST, WINDOW_PAGES_MAX);
                 let aligned = (page + u64::from(pages)) / u64::from(pages) * u64::from(pages);
                 // `aligned` is above `page` by at most `pages`.
                 let count = (aligned.min(end.max(page + 1)) - page) as u32;
@@ -69,12 +80,15 @@ impl Windows {
                     pages,
                     used,
                 };
-                (count, FaultHint::Sequential)
+                (page, count, FaultHint::Sequential)
             }
             None => {
+                let least = u64::from(self.least);
+                let first = page / least * least;
+                let next = (first + least).min(end.max(page + 1));
                 let stream = Stream {
-                    next: page + 1,
-                    pages: 1,
+                    next,
+                    pages: self.least,
                     used,
                 };
                 if self.streams.len() < STREAMS_MAX {
@@ -82,11 +96,12 @@ impl Windows {
                 } else if let Some(oldest) = self.streams.iter_mut().min_by_key(|s| s.used) {
                     *oldest = stream;
                 }
-                (1, FaultHint::Random)
+                // At most `least`.
+                (first, (next - first) as u32, FaultHint::Random)
             }
         };
         Window {
-            first: page,
+            first,
             count: pages,
             hint,
         }
@@ -101,7 +116,7 @@ mod tests {
 
     #[test]
     fn a_sequential_reader_gets_growing_aligned_windows() {
-        let mut windows = Windows::default();
+        let mut windows = Windows::new(1);
         let mut page = 0;
         let mut counts = Vec::new();
         for _ in 0..8 {
@@ -117,7 +132,7 @@ mod tests {
 
     #[test]
     fn random_faults_ask_for_one_page() {
-        let mut windows = Windows::default();
+        let mut windows = Windows::new(1);
         let mut x = 1u64;
         for _ in 0..1000 {
             x = x
@@ -133,7 +148,7 @@ mod tests {
     fn random_faults_in_a_small_file_stay_almost_all_of_one_page() {
         // 16 MiB of which half is resident: pages that were brought fault no more for a while.
         const PAGES: u64 = 4096;
-        let mut windows = Windows::default();
+        let mut windows = Windows::new(1);
         let (mut x, mut asked) = (1u64, 0);
         for _ in 0..20_000 {
             x = x
@@ -149,7 +164,7 @@ mod tests {
 
     #[test]
     fn several_streams_grow_side_by_side() {
-        let mut windows = Windows::default();
+        let mut windows = Windows::new(1);
         let mut at: Vec<u64> = (0..STREAMS_MAX as u64).map(|i| i * 1_000_000).collect();
         for _ in 0..8 {
             for page in &mut at {
@@ -163,7 +178,7 @@ mod tests {
 
     #[test]
     fn a_stream_survives_pages_that_others_brought_but_not_a_jump() {
-        let mut windows = Windows::default();
+        let mut windows = Windows::new(1);
         windows.choose(0, END);
         windows.choose(1, END);
         assert_eq!(windows.choose(40, END).hint, FaultHint::Sequential);
@@ -172,12 +187,26 @@ mod tests {
     }
 
     #[test]
+    fn granted_files_are_read_in_aligned_windows_from_the_first() {
+        let mut windows = Windows::new(16);
+        let w = windows.choose(37, END);
+        assert_eq!((w.first, w.count, w.hint), (32, 16, FaultHint::Random));
+        let counts: Vec<(u64, u32)> = [48, 64, 256]
+            .map(|page| windows.choose(page, END))
+            .map(|w| (w.first, w.count))
+            .to_vec();
+        assert_eq!(counts, [(48, 16), (64, 192), (256, 256)]);
+        let last = windows.choose(1003, 1005);
+        assert_eq!((last.first, last.count), (992, 13));
+    }
+
+    #[test]
     fn windows_end_with_the_file() {
-        let mut windows = Windows::default();
+        let mut windows = Windows::new(1);
         windows.choose(0, 3);
         assert_eq!(windows.choose(1, 3).count, 2);
-        assert_eq!(Windows::default().choose(7, 7).count, 1, "never nothing");
-        let mut last = Windows::default();
+        assert_eq!(Windows::new(1).choose(7, 7).count, 1, "never nothing");
+        let mut last = Windows::new(1);
         last.choose(u64::MAX / 4096 - 1, u64::MAX / 4096 + 1);
         assert_eq!(last.choose(u64::MAX / 4096, u64::MAX / 4096 + 1).count, 1);
     }

@@ -5,7 +5,7 @@ use super::{Mapped, Ops, fresh, protection, refuse_all, span};
 use crate::error::{MmapError, Result};
 use crate::file::Content;
 use crate::limits::HUGE_BYTES;
-use crate::mapping::PageError;
+use crate::mapping::{MapKind, PageError};
 use crate::session::Shared;
 use copage_grants::{PAGE_SIZE, PAGE_SIZE_U64};
 use std::io;
@@ -28,6 +28,17 @@ impl Mapped {
 
     /// Maps what is there of pages `first..end`. No lock: this may fault and wait for the pager.
     pub(crate) fn populate(&self, first: usize, end: usize, write: bool) -> io::Result<()> {
+        if self.is_granted() && self.kind == MapKind::Shared {
+            // Windows are mapped as they come: nothing is left to do, unless they have gone again.
+            let mut lock = self.lock(self.file.client.shared());
+            return match lock.ops() {
+                Some(ops) if ops.refused => Err(io::Error::from_raw_os_error(libc::EHWPOISON)),
+                Some(ops) if !ops.windows.hold_all(first..end) => {
+                    Err(io::Error::from_raw_os_error(libc::EFAULT))
+                }
+                _ => Ok(()),
+            };
+        }
         crate::sys::populate(self.addr + span(first), span(end - first), write)
     }
 
@@ -52,6 +63,9 @@ impl Mapped {
     pub(crate) fn discard(&self, shared: &Shared, first: usize, end: usize) -> io::Result<()> {
         let mut lock = self.lock(shared);
         let Some(ops) = lock.ops() else { return Ok(()) };
+        if self.is_granted() && self.kind == MapKind::Shared {
+            return self.take_back(shared, ops, first..end).map(|_| ());
+        }
         let Some(region) = &ops.region else {
             return Ok(());
         };
@@ -212,6 +226,8 @@ impl Mapped {
                 return;
             }
         }
+        // Replaced, all of them: only shared mappings have any, and those have no private pages.
+        ops.windows.forget_all();
         ops.behind = ops.private.clone();
         ops.refused_pages.clear();
         ops.last_error = None;
@@ -220,7 +236,7 @@ impl Mapped {
     }
 
     /// Makes sure that pages which a failed move may have unmapped are still this mapping's.
-    fn after_failed_replace(
+    pub(crate) fn after_failed_replace(
         &self,
         shared: &Shared,
         ops: &mut Ops,
@@ -249,8 +265,11 @@ impl Mapped {
         let Some(ops) = lock.ops() else { return };
         if let Some(region) = &ops.region {
             let (protection, _) = protection(self.kind);
-            if let Err(e) = region.refuse(0, self.bytes, protection, shared.empty.as_fd()) {
-                tracing::error!(error = %e, "a mapping of a lost session could not be refused");
+            match region.refuse(0, self.bytes, protection, shared.empty.as_fd()) {
+                Ok(()) => ops.windows.forget_all(),
+                Err(e) => {
+                    tracing::error!(error = %e, "a mapping of a lost session could not be refused");
+                }
             }
             ops.refused = true;
             ops.last_error = Some(PageError {
@@ -269,14 +288,16 @@ impl Mapped {
         let mut lock = self.lock(shared);
         if let Some(ops) = lock.ops() {
             ops.region = None;
+            self.let_go(shared, ops);
         }
     }
 
     /// Unmaps it unless somebody is just changing it.
-    pub(crate) fn try_unmap(&self) -> bool {
+    pub(crate) fn try_unmap(&self, shared: &Shared) -> bool {
         match self.ops.try_lock() {
             Some(mut ops) => {
                 ops.region = None;
+                self.let_go(shared, &mut ops);
                 true
             }
             None => false,

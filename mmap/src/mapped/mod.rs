@@ -11,6 +11,8 @@ mod serve;
 use crate::bitmap::Bitmap;
 use crate::error::{MmapError, Result};
 use crate::file::{Content, FileInner};
+use crate::granted::Windows as GrantedWindows;
+use crate::limits::GRANTED_PAGES_FIRST;
 use crate::mapping::{MapKind, PageError};
 use crate::quiet::{Leaf, LeafGuard};
 use crate::session::Shared;
@@ -25,19 +27,21 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
 
-/// What `ops` protects.
-struct Ops {
+/// What `ops` protects. Dropped in this order: windows are let go of when their memory is unmapped.
+pub(crate) struct Ops {
     /// The address space; `None` when it was unmapped.
-    region: Option<Region>,
+    pub(crate) region: Option<Region>,
+    /// What lies over it, of granted files.
+    pub(crate) windows: GrantedWindows,
     /// All of it is SIGBUS, for good.
-    refused: bool,
+    pub(crate) refused: bool,
     /// Pages that are SIGBUS because the daemon refused them.
-    refused_pages: BTreeSet<usize>,
+    pub(crate) refused_pages: BTreeSet<usize>,
     /// Pages that were stored to (or are just being stored to).
     private: Bitmap,
     /// Those of them that a rebase passed over: a copy of its own should be there; what is mapped
     /// below it is an older content, of which nothing comes any more.
-    behind: Bitmap,
+    pub(crate) behind: Bitmap,
     last_error: Option<PageError>,
 }
 
@@ -57,7 +61,7 @@ pub(crate) struct Mapped {
 }
 
 /// Holds `ops` on any thread but the pager's.
-struct OpsLock<'a> {
+pub(crate) struct OpsLock<'a> {
     guard: Option<LeafGuard<'a, Ops>>,
     mapped: &'a Mapped,
     uffd: Option<&'a Uffd>,
@@ -78,7 +82,7 @@ impl Drop for OpsLock<'_> {
 }
 
 impl OpsLock<'_> {
-    fn ops(&mut self) -> Option<&mut Ops> {
+    pub(crate) fn ops(&mut self) -> Option<&mut Ops> {
         self.guard.as_deref_mut()
     }
 }
@@ -102,10 +106,9 @@ pub(crate) fn fresh(
     kind: MapKind,
     align: usize,
 ) -> Result<Region> {
-    let home = content
-        .home
-        .as_ref()
-        .ok_or_else(|| MmapError::Protocol("a content without a descriptor".into()))?;
+    let Some(home) = &content.home else {
+        return scratch(uffd, bytes, kind);
+    };
     let (protection, private) = protection(kind);
     let region = Region::map(home.as_fd(), offset, bytes, protection, align)
         .map_err(|e| MmapError::sys("mmap of the file's pages", &e))?;
@@ -115,6 +118,17 @@ pub(crate) fn fresh(
         uffd.protect(region.addr(), bytes)
             .map_err(|e| MmapError::sys("UFFDIO_WRITEPROTECT", &e))?;
     }
+    Ok(region)
+}
+
+/// Memory of a granted file that holds nothing: registered where nobody sees it yet. There is nothing
+/// to arm: pages come write-protected into a private one.
+pub(crate) fn scratch(uffd: &Uffd, bytes: usize, kind: MapKind) -> Result<Region> {
+    let (protection, private) = protection(kind);
+    let region = Region::anonymous(bytes, protection)
+        .map_err(|e| MmapError::sys("mmap of the mapping's range", &e))?;
+    uffd.register(region.addr(), bytes, private)
+        .map_err(|e| MmapError::sys("UFFDIO_REGISTER", &e))?;
     Ok(region)
 }
 
@@ -143,7 +157,7 @@ const fn protection(kind: MapKind) -> (Protection, bool) {
 }
 
 /// Bytes of `pages` pages; pages of a mapping, so that it cannot overflow.
-const fn span(pages: usize) -> usize {
+pub(crate) const fn span(pages: usize) -> usize {
     pages * PAGE_SIZE
 }
 
@@ -156,6 +170,11 @@ impl Mapped {
         region: Region,
     ) -> Self {
         let (addr, bytes) = (region.addr(), region.bytes());
+        let least = if file.granted() {
+            GRANTED_PAGES_FIRST
+        } else {
+            1
+        };
         Self {
             file,
             kind,
@@ -165,6 +184,7 @@ impl Mapped {
             generation: AtomicU32::new(generation.0),
             ops: Leaf::new(Ops {
                 region: Some(region),
+                windows: GrantedWindows::default(),
                 refused: false,
                 refused_pages: BTreeSet::new(),
                 private: Bitmap::new(bytes / PAGE_SIZE),
@@ -172,8 +192,13 @@ impl Mapped {
                 last_error: None,
             }),
             missed: AtomicBool::new(false),
-            windows: Leaf::new(Windows::default()),
+            windows: Leaf::new(Windows::new(least)),
         }
+    }
+
+    /// Its pages come from grants, not from a descriptor.
+    pub(crate) fn is_granted(&self) -> bool {
+        self.file.granted()
     }
 
     pub(crate) fn file(&self) -> &Arc<FileInner> {
@@ -193,7 +218,7 @@ impl Mapped {
         self.bytes
     }
 
-    fn pages(&self) -> usize {
+    pub(crate) fn pages(&self) -> usize {
         self.bytes / PAGE_SIZE
     }
 
@@ -239,7 +264,7 @@ impl Mapped {
     }
 
     /// For the pager: `None` when somebody holds it, who will wake everybody when done.
-    fn try_ops(&self) -> Option<LeafGuard<'_, Ops>> {
+    pub(crate) fn try_ops(&self) -> Option<LeafGuard<'_, Ops>> {
         if let Some(guard) = self.ops.try_lock() {
             return Some(guard);
         }
@@ -250,7 +275,7 @@ impl Mapped {
     }
 
     /// For every thread but the pager.
-    fn lock<'a>(&'a self, shared: &'a Shared) -> OpsLock<'a> {
+    pub(crate) fn lock<'a>(&'a self, shared: &'a Shared) -> OpsLock<'a> {
         OpsLock {
             guard: Some(self.ops.lock()),
             mapped: self,
@@ -260,12 +285,13 @@ impl Mapped {
 }
 
 /// All of it SIGBUS: one mapping in place of many always fits.
-fn refuse_all(ops: &mut Ops, kind: MapKind, empty: BorrowedFd<'_>, error: &io::Error) {
+pub(crate) fn refuse_all(ops: &mut Ops, kind: MapKind, empty: BorrowedFd<'_>, error: &io::Error) {
     let (protection, _) = protection(kind);
-    if let Some(region) = &ops.region
-        && let Err(e) = region.refuse(0, region.bytes(), protection, empty)
-    {
-        tracing::error!(error = %e, "a mapping could not be refused");
+    if let Some(region) = &ops.region {
+        match region.refuse(0, region.bytes(), protection, empty) {
+            Ok(()) => ops.windows.forget_all(),
+            Err(e) => tracing::error!(error = %e, "a mapping could not be refused"),
+        }
     }
     ops.refused = true;
     ops.last_error = Some(PageError {

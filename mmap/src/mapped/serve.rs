@@ -56,7 +56,8 @@ impl Mapped {
             offset: Some(at),
             error,
         });
-        if ops.refused {
+        // What is mapped by now is not refused, and a window is never cut.
+        if ops.refused || ops.windows.holds(at / PAGE_SIZE) {
             return Change::Done;
         }
         // A private mapping's pages are armed, and an armed page cannot be poisoned.

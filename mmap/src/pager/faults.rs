@@ -1,10 +1,14 @@
 //! Fault requests under way, and who waits for which.
 
 use crate::file::FileInner;
+use crate::granted::{Brought, Pages};
 use crate::mapped::Mapped;
 use copage_coherence::msg::Generation;
+use crossbeam_channel::Sender;
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// A thread (or more) that waits for a page.
 #[derive(Clone)]
@@ -14,11 +18,23 @@ pub(crate) struct Waiter {
     pub(crate) page: u64,
     /// It stores: the page becomes private when it is there.
     pub(crate) write: bool,
+    /// A caller, not a fault: to be told what came.
+    pub(crate) tell: Option<Sender<Brought>>,
 }
 
 impl Waiter {
+    /// Tells a caller how it went; a fault is woken instead.
+    pub(crate) fn answer(&self, brought: Brought) {
+        if let Some(tell) = &self.tell {
+            // The caller waits for exactly this; a session that is lost may have sent it away.
+            let _ = tell.send(brought);
+        }
+    }
+
     fn same(&self, other: &Self) -> bool {
-        self.page == other.page
+        self.tell.is_none()
+            && other.tell.is_none()
+            && self.page == other.page
             && self.write == other.write
             && Arc::ptr_eq(&self.mapped, &other.mapped)
     }
@@ -31,9 +47,34 @@ pub(crate) struct InFlight {
     pub(crate) first: u64,
     pub(crate) count: u32,
     pub(crate) waiters: Vec<Waiter>,
+    /// Grants: how often its pages could not be mapped.
+    pub(crate) tries: u32,
+    /// Grants: a word of ours says that some of its pages are unmapped ([`crate::granted`]).
+    pub(crate) spoiled: Arc<AtomicBool>,
+    /// Grants: the answer is with the worker, which maps this many pages in these mappings.
+    pub(crate) mapping: Option<(u32, Vec<Arc<Mapped>>)>,
 }
 
 impl InFlight {
+    /// A request that was just sent.
+    pub(crate) fn new(
+        file: Arc<FileInner>,
+        generation: Generation,
+        (first, count): (u64, u32),
+        waiter: Waiter,
+    ) -> Self {
+        Self {
+            file,
+            generation,
+            first,
+            count,
+            waiters: vec![waiter],
+            tries: 0,
+            spoiled: Arc::default(),
+            mapping: None,
+        }
+    }
+
     fn is_of(&self, waiter: &Waiter) -> bool {
         self.generation == waiter.mapped.generation()
             && Arc::ptr_eq(&self.file, waiter.mapped.file())
@@ -41,6 +82,10 @@ impl InFlight {
 
     fn end(&self) -> u64 {
         self.first + u64::from(self.count)
+    }
+
+    fn overlaps(&self, pages: &Pages) -> bool {
+        self.generation == pages.generation && self.first < pages.end() && pages.first < self.end()
     }
 }
 
@@ -77,6 +122,52 @@ impl Faults {
             .filter(|flight| flight.is_of(waiter) && flight.first > waiter.page)
             .map(|flight| u32::try_from(flight.first - waiter.page).unwrap_or(u32::MAX))
             .fold(count, u32::min)
+    }
+
+    /// Shortens `free` around `waiter`'s page so that nothing is asked for twice.
+    pub(crate) fn clip_around(&self, waiter: &Waiter, free: Range<u64>) -> Range<u64> {
+        let of_it = |flight: &&InFlight| flight.is_of(waiter);
+        self.by_number.values().filter(of_it).fold(free, |free, f| {
+            if f.first > waiter.page {
+                free.start..free.end.min(f.first)
+            } else {
+                // It does not hold the page itself: that would have been joined.
+                free.start.max(f.end().min(waiter.page))..free.end
+            }
+        })
+    }
+
+    /// Our word that `pages` are unmapped is about to be sent: what was asked for before it and is not
+    /// mapped counts for nothing. Of any file: two opens may be of one.
+    pub(crate) fn spoil(&mut self, pages: &Pages) {
+        for flight in self.by_number.values() {
+            if flight.overlaps(pages) {
+                flight.spoiled.store(true, Ordering::SeqCst);
+            }
+        }
+    }
+
+    /// The parts of `pages` that nothing on its way covers.
+    pub(crate) fn quiet_parts(&self, pages: &Pages) -> Vec<Range<u64>> {
+        let mut busy: Vec<Range<u64>> = self
+            .by_number
+            .values()
+            .filter(|flight| flight.overlaps(pages))
+            .map(|flight| flight.first..flight.end())
+            .collect();
+        busy.sort_unstable_by_key(|range| range.start);
+        let mut parts = Vec::new();
+        let mut at = pages.first;
+        for range in busy {
+            if at < range.start {
+                parts.push(at..range.start);
+            }
+            at = at.max(range.end);
+        }
+        if at < pages.end() {
+            parts.push(at..pages.end());
+        }
+        parts
     }
 
     pub(crate) fn insert(&mut self, number: u64, flight: InFlight) {

@@ -54,7 +54,7 @@ impl Pager {
                 {
                     self.renewed(&Answer::new(bytes.to_vec(), None));
                 } else if let Some(flight) = self.faults.remove(frame.request) {
-                    self.answered(flight, bytes.to_vec(), fd);
+                    self.answered(frame.request, flight, bytes.to_vec(), fd);
                 } else if let Some((mapped, page)) = self.faults.remove_restore(frame.request) {
                     self.restored(mapped, page, &Answer::new(bytes.to_vec(), None));
                 } else {
@@ -83,6 +83,7 @@ impl Pager {
                 self.lease.ttl_ms = u64::from(lease_ttl_ms).max(3);
                 self.lease.ends_ms = sent_ms + self.lease.ttl_ms;
                 self.lease.renew_ms = sent_ms + self.lease.ttl_ms / 3;
+                self.shared.session.set_lease(self.lease.ends_ms);
             }
             Ok(other) => {
                 let error = crate::client::unexpected("Renewed", &other);

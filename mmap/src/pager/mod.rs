@@ -4,16 +4,19 @@
 //! who may fault, and never moves pages: whatever waits for faults to be served would wait forever.
 
 mod faults;
+mod granted;
 mod messages;
 mod service;
 pub(crate) mod space;
 pub(crate) mod worker;
 
 use crate::error::LostWhy;
+use crate::granted::Told;
 use crate::limits::IN_FLIGHT_MAX;
 use crate::quiet::Quiet;
 use crate::session::Shared;
 use copage_coherence::msg::{MESSAGE_BYTES_MAX, Request};
+use crossbeam_channel::Receiver;
 use faults::Faults;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::time::{ClockId, clock_gettime};
@@ -49,6 +52,8 @@ pub(crate) struct Pager {
     inbound: Vec<u8>,
     /// What goes; used again.
     outgoing: Vec<u8>,
+    /// What other threads have to say.
+    told: Receiver<Told>,
     /// The loss has been handed to the worker.
     ending: bool,
     finished: Arc<AtomicBool>,
@@ -56,8 +61,14 @@ pub(crate) struct Pager {
 
 impl Pager {
     /// `welcomed_ms`: when Hello was sent.
-    pub(crate) fn new(shared: Arc<Shared>, welcomed_ms: u64, finished: Arc<AtomicBool>) -> Self {
+    pub(crate) fn new(
+        shared: Arc<Shared>,
+        welcomed_ms: u64,
+        finished: Arc<AtomicBool>,
+        told: Receiver<Told>,
+    ) -> Self {
         let ttl_ms = u64::from(shared.welcome.lease_ttl_ms).max(3);
+        shared.session.set_lease(welcomed_ms + ttl_ms);
         Self {
             shared,
             faults: Faults::default(),
@@ -69,6 +80,7 @@ impl Pager {
             },
             inbound: vec![0; MESSAGE_BYTES_MAX],
             outgoing: Vec::new(),
+            told,
             ending: false,
             finished,
         }
@@ -123,6 +135,7 @@ impl Pager {
         drop(fds);
         if woken {
             session.wake.drain();
+            self.told();
         }
         if spoken {
             self.messages();

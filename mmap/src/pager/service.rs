@@ -5,6 +5,7 @@ use super::faults::{InFlight, Waiter};
 use super::worker::Job;
 use crate::error::{LostWhy, MmapError};
 use crate::file::{Content, FileInner};
+use crate::granted::Brought;
 use crate::limits::EVENTS_MAX;
 use crate::mapped::{Change, Mapped};
 use crate::mapping::MapKind;
@@ -73,6 +74,7 @@ impl Pager {
             mapped,
             page,
             write,
+            tell: None,
         });
     }
 
@@ -112,14 +114,28 @@ impl Pager {
     }
 
     /// Asks for a page, unless it is on its way.
-    fn want(&mut self, waiter: Waiter) {
+    pub(super) fn want(&mut self, waiter: Waiter) {
         if self.faults.join(&waiter) {
+            return;
+        }
+        if waiter.mapped.is_granted() {
+            self.want_granted(waiter);
             return;
         }
         let bytes = waiter.mapped.file().content.lock().bytes;
         let window = waiter.mapped.window(waiter.page, bytes);
         let count = self.faults.clip(&waiter, window.count);
         self.ask(waiter, count, window.hint);
+    }
+
+    /// Asks for a page alone.
+    fn ask_one(&mut self, waiter: Waiter, tries: u32) {
+        if waiter.mapped.is_granted() {
+            let page = waiter.page;
+            self.ask_granted(waiter, page..page + 1, FaultHint::Random, tries);
+        } else {
+            self.ask(waiter, 1, FaultHint::Random);
+        }
     }
 
     fn ask(&mut self, waiter: Waiter, count: u32, hint: FaultHint) {
@@ -140,22 +156,27 @@ impl Pager {
                 hint,
             },
         );
-        let waiters = vec![waiter];
-        self.faults.insert(
-            number,
-            InFlight {
-                file,
-                generation,
-                first,
-                count,
-                waiters,
-            },
-        );
+        let flight = InFlight::new(file, generation, (first, count), waiter);
+        self.faults.insert(number, flight);
     }
 
-    pub(super) fn answered(&mut self, flight: InFlight, bytes: Vec<u8>, fd: Option<OwnedFd>) {
+    pub(super) fn answered(
+        &mut self,
+        number: u64,
+        flight: InFlight,
+        bytes: Vec<u8>,
+        fd: Option<OwnedFd>,
+    ) {
         let answer = Answer::new(bytes, fd);
         match answer.reply() {
+            Ok(Reply::Granted {
+                range,
+                granter,
+                refs,
+                ..
+            }) if flight.file.granted() => {
+                self.granted_refs(number, flight, range, granter, refs);
+            }
             Ok(Reply::Granted { range, .. }) => self.granted(flight, range),
             Ok(Reply::Stale {
                 generation,
@@ -167,7 +188,9 @@ impl Pager {
                     self.refused(flight, &MmapError::Protocol(text));
                     return;
                 }
-                drop(flight.waiters);
+                for waiter in flight.waiters {
+                    waiter.answer(Brought::Again);
+                }
                 let content = (generation, version, bytes);
                 self.newer(flight.file, content, answer.fd, None);
             }
@@ -213,14 +236,18 @@ impl Pager {
 
     /// The daemon refused a request: if it was for more than one page, each page that is waited for
     /// is asked for by itself, so that one bad page does not take its neighbours along.
-    fn refused(&mut self, flight: InFlight, error: &MmapError) {
+    pub(super) fn refused(&mut self, flight: InFlight, error: &MmapError) {
         let shared = Arc::clone(&self.shared);
         let Ok(uffd) = &shared.uffd else { return };
         for waiter in flight.waiters {
             if flight.count > 1 {
                 if !self.faults.join(&waiter) {
-                    self.ask(waiter, 1, FaultHint::Random);
+                    self.ask_one(waiter, flight.tries);
                 }
+                continue;
+            }
+            if waiter.tell.is_some() {
+                waiter.answer(Brought::Failed(error.clone()));
                 continue;
             }
             let empty = shared.empty.as_fd();
@@ -242,7 +269,7 @@ impl Pager {
         recall: Option<u64>,
     ) {
         // What is pinned is mapped by nobody here and keeps its home: it only hears of the newer one.
-        if fd.is_none() && file.how() == OpenHow::Map {
+        if fd.is_none() && file.how() == OpenHow::Map && !file.granted() {
             self.lose(LostWhy::Protocol(
                 "a newer content came without its descriptor".into(),
             ));
@@ -252,7 +279,7 @@ impl Pager {
             generation,
             version,
             bytes,
-            home: fd.map(Arc::new),
+            home: fd.filter(|_| !file.granted()).map(Arc::new),
         };
         file.rebases.fetch_add(1, Ordering::SeqCst);
         let _ = self.shared.jobs.send(Job::Rebase {

@@ -3,13 +3,15 @@
 
 use crate::error::{LostWhy, Result};
 use crate::file::{Content, FileInner};
+use crate::granted::{Brought, MapJob, Pages, Told};
 use crate::mapped::Mapped;
+use crate::mapping::MapKind;
 use crate::quiet::Quiet;
 use crate::rebase::{rebase, unmapped};
 use crate::session::Shared;
 use copage_coherence::msg::{Generation, PageRange, Request};
-use copage_grants::PAGE_SIZE;
-use crossbeam_channel::Receiver;
+use copage_grants::{PAGE_SIZE, PageIndex};
+use crossbeam_channel::{Receiver, Sender};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -30,6 +32,10 @@ pub(crate) enum Job {
         range: PageRange,
         recall: u64,
     },
+    /// Map a batch of grants.
+    Map(MapJob),
+    /// Tell a caller to look again: what was before it is done.
+    Again(Sender<Brought>),
     /// Put what was read in place of a missing private page.
     Restore {
         mapped: Arc<Mapped>,
@@ -85,6 +91,15 @@ fn work(shared: &Shared, job: Job) {
             range,
             recall,
         } => {
+            if file.granted() {
+                let pages = Pages {
+                    generation,
+                    first: range.first.0,
+                    count: range.count.into(),
+                };
+                take_back(shared, &file, pages, recall);
+                return;
+            }
             invalidate(shared, &file, generation, range);
             unmapped(
                 shared,
@@ -94,6 +109,24 @@ fn work(shared: &Shared, job: Job) {
                 range.count.into(),
             );
             shared.session.post(&Request::Ack { recall });
+        }
+        Job::Map(job) => {
+            let outcome = crate::granted::map(shared, &job);
+            let (number, pages) = (job.number, job.pages);
+            let mut copies = job.mappings.iter().filter(|m| m.kind() == MapKind::Private);
+            let copied = copies.next().map(|mapped| Arc::clone(mapped.file()));
+            // What it held goes first: a mapping may have ended meanwhile.
+            drop(job);
+            shared.tell(Told::Mapped { number, outcome });
+            // Behind that, as nothing is given back that is on its way. What another mapping has
+            // mapped stays so: the daemon looks at the table.
+            if let Some(file) = copied {
+                shared.tell(Told::GivenBack { file, pages });
+            }
+        }
+        Job::Again(tell) => {
+            // The caller waits for exactly this.
+            let _ = tell.send(Brought::Again);
         }
         Job::Restore {
             mapped,
@@ -118,8 +151,48 @@ fn do_rebase(shared: &Shared, file: &Arc<FileInner>, content: Content, recall: O
         }
     }
     if let Some(recall) = recall {
-        shared.session.post(&Request::Ack { recall });
+        if file.granted() {
+            // Behind the word that the older content is unmapped, which the pager says.
+            let pages = Pages {
+                generation: Generation(0),
+                first: 0,
+                count: 0,
+            };
+            let recall = Some(recall);
+            let file = Arc::clone(file);
+            shared.tell(Told::TakenBack {
+                file,
+                pages,
+                recall,
+            });
+        } else {
+            shared.session.post(&Request::Ack { recall });
+        }
     }
+}
+
+/// Takes granted pages back, then has the pager say so.
+fn take_back(shared: &Shared, file: &Arc<FileInner>, pages: Pages, recall: u64) {
+    let range = PageRange {
+        first: PageIndex(pages.first),
+        // It came as one.
+        count: u32::try_from(pages.count).unwrap_or(u32::MAX),
+    };
+    let told = Told::TakenBack {
+        file: Arc::clone(file),
+        pages,
+        recall: Some(recall),
+    };
+    #[cfg(test)]
+    if let Ok(granted) = shared.granted()
+        && granted.mutants.ack_first.load(Ordering::SeqCst)
+    {
+        shared.tell(told);
+        std::thread::sleep(std::time::Duration::from_millis(1));
+        return invalidate(shared, file, pages.generation, range);
+    }
+    invalidate(shared, file, pages.generation, range);
+    shared.tell(told);
 }
 
 fn invalidate(shared: &Shared, file: &Arc<FileInner>, generation: Generation, range: PageRange) {

@@ -1,6 +1,7 @@
 //! A daemon that is no more than the protocol: one thread, one guest at a time, files whose pages
 //! say where they are from. What it is told to do wrong it does wrong.
 
+use crate::granted::standin::{StandIn, content};
 use copage_coherence::msg::{
     Attr, DecodeError, FaultHint, FileKind, FileToken, Generation, Handle, MESSAGE_BYTES_MAX,
     Notice, OpenHow, OpenedFlags, PageRange, Reply, Request, WelcomeFlags, decode_header,
@@ -21,7 +22,7 @@ pub(super) const EPOCH: Epoch = Epoch(77);
 
 /// The word that fills page `page` of content `generation`; never 0.
 pub(super) fn word(generation: u32, page: u64) -> u64 {
-    (u64::from(generation) << 40) | (page + 1)
+    content(generation, page)
 }
 
 /// One content of the one file, in a home of the real backend.
@@ -119,6 +120,10 @@ pub(super) struct State {
     pub(super) deaf: bool,
     /// Answer no fault.
     pub(super) stuck: bool,
+    /// Share by grants: no descriptors.
+    pub(super) standin: Option<Arc<StandIn>>,
+    /// What was asked back, by recall: generation, first page, pages.
+    recalls: HashMap<u64, (u32, u64, u64)>,
     channel: Option<Arc<Channel>>,
 }
 
@@ -134,6 +139,37 @@ impl Fake {
     /// A daemon with one file, `f`, of `bytes` bytes.
     pub(super) fn start(bytes: u64) -> Arc<Self> {
         Self::start_with(bytes, 60_000)
+    }
+
+    /// A daemon that shares its file by grants.
+    pub(super) fn start_granted(bytes: u64, movable: bool) -> (Arc<Self>, Arc<StandIn>) {
+        let (fake, standin) = (Self::start(bytes), StandIn::new(movable));
+        fake.state.lock().standin = Some(Arc::clone(&standin));
+        (fake, standin)
+    }
+
+    /// Asks for granted pages of the newest content back.
+    pub(super) fn take_back(&self, recall: u64, first: u64, count: u32) {
+        let generation = {
+            let mut state = self.state.lock();
+            let newest = state.newest;
+            state
+                .recalls
+                .insert(recall, (newest, first, u64::from(count)));
+            newest
+        };
+        let notice = Notice::Invalidate {
+            recall,
+            file: FileToken(5),
+            generation: Generation(generation),
+            range: PageRange {
+                first: PageIndex(first),
+                count,
+            },
+            reason: copage_coherence::msg::InvalidateReason::Reclaim,
+            deadline_ms: 1000,
+        };
+        self.notify(&notice, None);
     }
 
     pub(super) fn start_with(bytes: u64, ttl_ms: u32) -> Arc<Self> {
@@ -255,7 +291,9 @@ impl Fake {
     /// Tells of the newest content.
     pub(super) fn tell(&self, recall: u64) {
         let (fd, notice) = {
-            let state = self.state.lock();
+            let mut state = self.state.lock();
+            let older = state.newest - 1;
+            state.recalls.insert(recall, (older, 0, u64::MAX));
             let home = &state.homes[&state.newest];
             let notice = Notice::Rebase {
                 recall,
@@ -265,9 +303,10 @@ impl Fake {
                 bytes: home.bytes,
                 deadline_ms: 1000,
             };
-            (home.read.try_clone().unwrap(), notice)
+            let fd = home.read.try_clone().unwrap();
+            (state.standin.is_none().then_some(fd), notice)
         };
-        self.notify(&notice, Some(&fd));
+        self.notify(&notice, fd.as_ref());
     }
 
     pub(super) fn punch(&self, first: u64, pages: u64) {
@@ -359,11 +398,20 @@ impl State {
                     version: Version::new(1, self.newest),
                     bytes: newest.bytes,
                     flags: OpenedFlags {
-                        descriptor: true,
+                        descriptor: self.standin.is_none(),
                         pinned: how == OpenHow::Pin,
                         host_bounded: false,
                     },
                 };
+                if self.standin.is_some() {
+                    if how == OpenHow::Pin {
+                        return plain(Reply::Error {
+                            errno: libc::EOPNOTSUPP,
+                            text: b"files cannot be pinned here",
+                        });
+                    }
+                    return plain(opened);
+                }
                 Some((opened, Some(newest.read.try_clone().unwrap())))
             }
             Request::Fault {
@@ -395,15 +443,28 @@ impl State {
                 plain(Reply::Done)
             }
             Request::Forget { .. } => self.note(Seen::Forget),
-            Request::Ack { recall } => self.note(Seen::Ack(recall)),
+            Request::Ack { recall } => {
+                if let (Some(standin), Some((generation, first, count))) =
+                    (&self.standin, self.recalls.remove(&recall))
+                {
+                    standin.acked(generation, first, count);
+                }
+                self.note(Seen::Ack(recall))
+            }
             Request::Bye => self.note(Seen::Bye),
             Request::Unmapped {
                 generation, range, ..
-            } => self.note(Seen::Unmapped {
-                generation: generation.0,
-                first: range.first.0,
-                count: range.count,
-            }),
+            } => {
+                if let Some(standin) = &self.standin {
+                    // What is in use stays: another mapping's, or the guest's mistake.
+                    standin.revoke(generation.0, range.first.0, range.count.into());
+                }
+                self.note(Seen::Unmapped {
+                    generation: generation.0,
+                    first: range.first.0,
+                    count: range.count,
+                })
+            }
             _ => None,
         }
     }
@@ -424,7 +485,8 @@ impl State {
                 version: Version::new(1, self.newest),
                 bytes: newest.bytes,
             };
-            return Some((stale, Some(newest.read.try_clone().unwrap())));
+            let fd = newest.read.try_clone().unwrap();
+            return Some((stale, self.standin.is_none().then_some(fd)));
         }
         let first = range.first.0;
         let end = (first + u64::from(range.count.min(self.grant_max))).min(pages_for(newest.bytes));
@@ -437,6 +499,20 @@ impl State {
                 },
                 None,
             ));
+        }
+        if let Some(standin) = &self.standin {
+            let refs = standin.grant(self.newest, first, (end - first) as usize);
+            let bytes: Vec<u8> = refs.iter().flat_map(|r| r.to_le_bytes()).collect();
+            let granted = Reply::Granted {
+                generation,
+                range: PageRange {
+                    first: PageIndex(first),
+                    count: refs.len() as u32,
+                },
+                granter: DomId(StandIn::GRANTER),
+                refs: bytes.leak(),
+            };
+            return Some((granted, None));
         }
         if self.thrash {
             newest.punch(0, pages_for(newest.bytes));

@@ -6,6 +6,8 @@
 
 mod fake;
 mod faults;
+mod granted;
+mod granted_races;
 mod lost;
 mod private;
 mod rebase;
@@ -17,6 +19,12 @@ use std::time::{Duration, Instant};
 
 fn connect(fake: &Fake) -> Client {
     Client::connect(&fake.socket(), &ConnectOptions::named("guest")).unwrap()
+}
+
+/// To a fake that shares by grants.
+fn connect_granted(fake: &Fake) -> Client {
+    let device = fake.state.lock().standin.clone().unwrap();
+    Client::connect_with_device(&fake.socket(), &ConnectOptions::named("guest"), device).unwrap()
 }
 
 fn connect_with(fake: &Fake, userfault: UserfaultPolicy) -> Client {
