@@ -10,17 +10,19 @@
 cpu=EPYC,-smap,-monitor,-rdtscp
 machine_mib=4096
 dom0_mib=1024
-xen_arguments="console=com1 com1=115200,8n1 loglvl=all guest_loglvl=all noreboot=false
-    dom0_mem=${dom0_mib}M,max:${dom0_mib}M dom0_max_vcpus=1 cpuidle=0 spec-ctrl=eager-fpu bootscrub=0 gnttab_max_frames=512"
+xen_arguments="console=com1 com1=115200,8n1 noreboot=false dom0_mem=${dom0_mib}M,max:${dom0_mib}M dom0_max_vcpus=1
+    cpuidle=0 spec-ctrl=eager-fpu bootscrub=0 gnttab_max_frames=512"
 
 # Boots in the foreground. QEMU dies with this shell, however that ends.
 boot() { # mode, where the serial console goes
-    local mode="$1" serial="$2"
+    local mode="$1" serial="$2" level=all
+    # A person wants to read other things.
+    [ "$mode" != shell ] || level=error
     # shellcheck disable=SC2086 # the hypervisor's arguments are words
     exec setpriv --pdeathsig KILL qemu-system-x86_64 \
         -accel tcg,thread=multi,tb-size=512 -M q35 -cpu "$cpu" -smp 1 -m "$machine_mib" \
         -display none -vga none -nic none -no-reboot -serial "$serial" \
-        -kernel "$images/xen" -append "$(echo $xen_arguments)" \
+        -kernel "$images/xen" -append "$(echo $xen_arguments loglvl=$level guest_loglvl=$level)" \
         -initrd "$images/dom0-vmlinux console=hvc0 loglevel=4 rdinit=/init lab.mode=$mode,$images/dom0.cpio" \
         -virtfs "local,path=$logs,mount_tag=share,security_model=none,id=share" \
         -virtfs "local,path=$images/guests,mount_tag=images,security_model=none,readonly=on,id=images"

@@ -81,6 +81,8 @@ fn perform(
                 Some(Ended::Exit(code)) => format!("exit {code}"),
                 Some(Ended::Signal(signal)) => format!("signal {signal}"),
             };
+            let said = |path: &Path| Ok::<_, std::io::Error>(std::fs::metadata(path)?.len());
+            let words = format!("{words} {} {}", said(&job.out)?, said(&job.err)?);
             Ok((words, Vec::new()))
         }
         ["read", name, stream, offset] => {

@@ -283,33 +283,41 @@ impl Drop for Guest<'_> {
     }
 }
 
+/// How a background command stands, and how much it has said.
+struct Standing {
+    ended: Option<Ended>,
+    out_len: usize,
+    err_len: usize,
+}
+
 impl Background<'_, '_> {
     /// Waits for its end; an error, and its death, when that takes too long.
     pub fn wait(&self, limit: Duration) -> Result<Output> {
         let begin = Instant::now();
         loop {
-            if let Some(ended) = self.poll()? {
-                let output = self.output(ended)?;
-                self.guest.call(&format!("forget {}", self.job), b"")?;
-                return Ok(output);
+            let standing = self.standing()?;
+            let late = begin.elapsed() > limit;
+            if standing.ended.is_none() && !late {
+                continue;
             }
-            if begin.elapsed() > limit {
-                self.signal(9)?;
-                let said = self.output(Ended::Signal(9))?;
-                bail!("no end after {limit:?}: {said:?}");
+            let output = Output {
+                what: self.what.clone(),
+                ended: standing.ended.unwrap_or(Ended::Signal(9)),
+                stdout: self.stream("out", standing.out_len)?,
+                stderr: self.stream("err", standing.err_len)?,
+            };
+            // The agent kills what it forgets.
+            self.guest.call(&format!("forget {}", self.job), b"")?;
+            if standing.ended.is_none() {
+                bail!("no end after {limit:?}: {output:?}");
             }
+            return Ok(output);
         }
     }
 
     /// How it ended; `None`: it runs still.
     pub fn poll(&self) -> Result<Option<Ended>> {
-        let (words, _) = self.guest.call(&format!("wait {} 250", self.job), b"")?;
-        match *words.split(' ').collect::<Vec<_>>() {
-            ["running"] => Ok(None),
-            ["exit", code] => Ok(Some(Ended::Exit(code.parse()?))),
-            ["signal", signal] => Ok(Some(Ended::Signal(signal.parse()?))),
-            _ => bail!("{}: the agent says {words}", self.what),
-        }
+        Ok(self.standing()?.ended)
     }
 
     /// Sends a signal to it and what it started.
@@ -321,27 +329,34 @@ impl Background<'_, '_> {
 
     /// What it said on standard output up to now.
     pub fn said(&self) -> Result<String> {
-        self.stream("out")
+        self.stream("out", self.standing()?.out_len)
     }
 
-    fn output(&self, ended: Ended) -> Result<Output> {
-        Ok(Output {
-            what: self.what.clone(),
+    fn standing(&self) -> Result<Standing> {
+        let (words, _) = self.guest.call(&format!("wait {} 250", self.job), b"")?;
+        let (ended, out_len, err_len) = match *words.split(' ').collect::<Vec<_>>() {
+            ["running", out, err] => (None, out, err),
+            ["exit", code, out, err] => (Some(Ended::Exit(code.parse()?)), out, err),
+            ["signal", signal, out, err] => (Some(Ended::Signal(signal.parse()?)), out, err),
+            _ => bail!("{}: the agent says {words}", self.what),
+        };
+        Ok(Standing {
             ended,
-            stdout: self.stream("out")?,
-            stderr: self.stream("err")?,
+            out_len: out_len.parse()?,
+            err_len: err_len.parse()?,
         })
     }
 
-    fn stream(&self, stream: &str) -> Result<String> {
+    fn stream(&self, stream: &str, len: usize) -> Result<String> {
         let mut all = Vec::new();
-        loop {
+        while all.len() < len {
             let request = format!("read {} {stream} {}", self.job, all.len());
             let (_, part) = self.guest.call(&request, b"")?;
             if part.is_empty() {
-                return Ok(String::from_utf8_lossy(&all).into_owned());
+                break;
             }
             all.extend(part);
         }
+        Ok(String::from_utf8_lossy(&all).into_owned())
     }
 }

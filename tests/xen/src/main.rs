@@ -30,7 +30,14 @@ use std::time::{Duration, Instant};
 /// How long the emulated machine may take to boot, in s.
 const BOOT_S: u64 = 90;
 
-fn main() -> Result<ExitCode> {
+fn main() -> ExitCode {
+    perform().unwrap_or_else(|error| {
+        eprintln!("copage-xen-lab: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn perform() -> Result<ExitCode> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match &words[..] {
