@@ -54,6 +54,17 @@ pub enum GrantError {
     /// The machine has no memory left for frames (a full tmpfs, ENOSPC or ENOMEM).
     #[error("no memory for frames: {0}")]
     NoMemory(#[source] std::io::Error),
+    /// A cache domain cannot be made, used or ended (xen).
+    #[error("cache domain {name}: {why}")]
+    CacheDomain {
+        /// Its name.
+        name: String,
+        /// What is wrong.
+        why: String,
+    },
+    /// A call to Xen failed, or there is no Xen here.
+    #[error(transparent)]
+    Xen(#[from] crate::xen::XenError),
     /// A system call failed.
     #[error("{call}: {source}")]
     Sys {
@@ -75,6 +86,8 @@ impl GrantError {
             Self::StillGranted(_) => libc::EBUSY,
             Self::NoSuchHome(_) => libc::ESTALE,
             Self::BadRange(_) => libc::EINVAL,
+            Self::CacheDomain { .. } => libc::EIO,
+            Self::Xen(source) => source.errno(),
             Self::PagesLost { cause, .. } => cause.errno(),
             Self::Sys { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
         }

@@ -29,3 +29,4 @@ pub use ids::{
     TrustClass, Version, pages_for,
 };
 pub use local::{FrameStore, LocalBackend, LocalConfig};
+pub use xen::{XenBackend, XenConfig, XenError};

@@ -40,3 +40,27 @@ pub const SOCKET_PATH_BYTES_MAX: usize = 107;
 /// The longest label of a home, in bytes; what is longer is cut (a name in a tmpfs directory is at
 /// most 255, memfd names 249).
 pub const HOME_LABEL_BYTES_MAX: usize = 64;
+
+/// Memory of one cache domain when nothing else is asked, in MiB: large enough that few are needed,
+/// small enough to give back.
+pub const CACHE_DOMAIN_MIB_DEFAULT: u32 = 256;
+
+/// The least, in MiB: 2 MiB and some pages of it are not used.
+pub const CACHE_DOMAIN_MIB_MIN: u32 = 16;
+
+/// The most, in MiB: a domain's memory is in one piece below the devices' addresses at 3.75 GiB
+/// (`HVM_BELOW_4G_RAM_END`, xen/hvm/e820.h).
+pub const CACHE_DOMAIN_MIB_MAX: u32 = 2048;
+
+/// Cache domains at most: each is a table, and hosts list them.
+pub const CACHE_DOMAINS_MAX: u32 = 256;
+
+/// Entries in a cache domain's table for each of its frames, when nothing else is asked: each guest
+/// that maps a frame needs one.
+pub const ENTRIES_PER_FRAME_DEFAULT: u32 = 4;
+
+/// Frames of a cache domain's table at most, when nothing else is asked: 262,144 entries in 2 MiB.
+pub const GRANT_FRAMES_MAX: u32 = 512;
+
+/// How long the toolstack may take to make or end a domain, in s. In emulation it takes ten.
+pub const TOOLSTACK_DEADLINE_S: u64 = 120;

@@ -57,6 +57,20 @@ impl<M: EntryMemory, P: Placement> GrantTables<M, P> {
         out.append(&mut frames);
     }
 
+    /// Frees all entries that are not in use, granted ones too; gives the tables in which some are. The
+    /// ledger does not know: nothing is granted or audited afterwards.
+    pub fn abandon(&self) -> Vec<TableId> {
+        let inner = &*self.inner.lock();
+        let tables = (0..).map(TableId).zip(&inner.tables);
+        let in_use = tables.filter(|(_, table)| {
+            let entries = table.memory.entries().iter();
+            let freed = entries.skip(ENTRIES_RESERVED as usize).map(|e| e.revoke());
+            // All of them, also behind one that is in use.
+            freed.fold(false, |any, freed| any | !freed)
+        });
+        in_use.map(|(id, _)| id).collect()
+    }
+
     /// Entries that are left over, of frames or not.
     pub fn left_over(&self) -> usize {
         self.inner.lock().left_over.len()

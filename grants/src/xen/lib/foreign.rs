@@ -24,6 +24,8 @@ library! {
             Raw, u16, c_uint, c_uint, c_ulong, c_ulong, *mut Raw, c_int, c_int,
         ) -> Raw,
         xenforeignmemory_unmap_resource: unsafe extern "C" fn(Raw, Raw) -> c_int,
+        xenforeignmemory_resource_size:
+            unsafe extern "C" fn(Raw, u16, c_uint, c_uint, *mut usize) -> c_int,
     }
 }
 
@@ -107,6 +109,29 @@ impl ForeignMemory {
                 source: io::Error::from_raw_os_error(error.saturating_abs()),
             }),
         }
+    }
+
+    /// How many frames `domid`'s grant table may have (`max_grant_frames`).
+    pub fn grant_table_frames(&self, domid: u16) -> Result<u32, XenError> {
+        const CALL: &str = "xenforeignmemory_resource_size(grant table)";
+        let mut bytes = 0;
+        // SAFETY: the handle is open, `bytes` is where the size goes.
+        let result = unsafe {
+            (self.0.calls.xenforeignmemory_resource_size)(
+                self.0.handle.raw(),
+                domid,
+                RESOURCE_GRANT_TABLE,
+                RESOURCE_GRANT_TABLE_SHARED,
+                &raw mut bytes,
+            )
+        };
+        if result != 0 {
+            return Err(XenError::last(CALL));
+        }
+        u32::try_from(bytes / PAGE_SIZE).map_err(|_| XenError::BadArgument {
+            call: CALL,
+            why: "the table is too large",
+        })
     }
 
     /// Maps the first `frames` frames of `domid`'s grant table, which grows to as many. 512 entries

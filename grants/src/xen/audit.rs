@@ -1,0 +1,110 @@
+//! What the audit compares beside ledger and tables: records against homes, domains against the
+//! xenstore.
+
+use super::XenBackend;
+use super::records::Found;
+use crate::backend::LedgerAudit;
+use crate::ids::FrameNo;
+use crate::limits::AUDIT_LINES_MAX;
+
+impl XenBackend {
+    /// Every frame's record against the home that it names, and every page of every home against its
+    /// frame's record.
+    pub(super) fn audit_records(&self, audit: &mut LedgerAudit) {
+        let left = self.retry_left();
+        for frame in (0..self.frames_max).map(FrameNo) {
+            // An entry of an earlier daemon is in use: its record is that daemon's.
+            if left.binary_search(&frame).is_err() {
+                differs(audit, self.audit_record(frame));
+            }
+        }
+        let homes: Vec<_> = self.homes.read().values().cloned().collect();
+        for home in homes {
+            for (&page, &frame) in &*home.pages.lock() {
+                let wanted = |within| Found::Record(self.record(home.id, page, within));
+                if self
+                    .found(frame)
+                    .is_none_or(|(found, within)| found != wanted(within))
+                {
+                    differs(
+                        audit,
+                        Some(format!(
+                            "page {page} of {:?} is in frame {}, whose record says {:?}",
+                            home.id,
+                            frame.0,
+                            self.found(frame)
+                        )),
+                    );
+                }
+            }
+        }
+    }
+
+    fn found(&self, frame: FrameNo) -> Option<(Found, u32)> {
+        let (domain, within) = self.domain_of(frame).ok()?;
+        Some((domain.records().ok()?.get(within), within))
+    }
+
+    fn audit_record(&self, frame: FrameNo) -> Option<String> {
+        let (found, _) = self.found(frame)?;
+        let record = match found {
+            Found::Nothing => return None,
+            // Perhaps half of it was written when we looked: its home tells.
+            Found::Torn | Found::Record(_) => found,
+        };
+        let homes: Vec<_> = match record {
+            Found::Record(record) => self
+                .homes
+                .read()
+                .get(&record.home)
+                .cloned()
+                .into_iter()
+                .collect(),
+            _ => self.homes.read().values().cloned().collect(),
+        };
+        for home in homes {
+            let pages = home.pages.lock();
+            // With the home's lock: it says the same now, or it was cleared meanwhile.
+            match self.found(frame)?.0 {
+                Found::Nothing => return None,
+                Found::Record(record)
+                    if (record.home, record.life) == (home.id, self.life)
+                        && pages.get(&record.page) == Some(&frame) =>
+                {
+                    return None;
+                }
+                _ => {}
+            }
+        }
+        match self.found(frame)?.0 {
+            Found::Nothing => None,
+            found => Some(format!(
+                "frame {} says {found:?}, no home has it there",
+                frame.0
+            )),
+        }
+    }
+
+    /// The domains are there and called as they were.
+    pub(super) fn audit_domains(&self, audit: &mut LedgerAudit) {
+        let found = self.toolstack.find();
+        for domain in &self.domains {
+            let line = match &found {
+                Ok(found) if found.get(&domain.number) == Some(&domain.domid) => None,
+                Ok(_) => Some(format!(
+                    "cache domain {} (domain {}) is gone: restart the daemon",
+                    self.toolstack.name(domain.number),
+                    domain.domid
+                )),
+                Err(error) => Some(format!("cache domains cannot be looked up: {error}")),
+            };
+            differs(audit, line);
+        }
+    }
+}
+
+fn differs(audit: &mut LedgerAudit, line: Option<String>) {
+    if audit.differences.len() < AUDIT_LINES_MAX {
+        audit.differences.extend(line);
+    }
+}

@@ -1,0 +1,322 @@
+//! The Xen backend as the trait has it.
+
+use super::XenBackend;
+use super::frames::{CacheDomain, Spread};
+use super::home::{Home, check_placed};
+use super::records::{Found, Record};
+use crate::backend::{
+    Access, Backend, Capabilities, DomainEnd, GrantInfo, HomeSpec, LedgerAudit, Revocation,
+};
+use crate::error::GrantError;
+use crate::ids::{DomId, FrameNo, Grant, HomeId, PAGE_SIZE, PageIndex, TableId};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+fn unsupported<T>(what: &'static str) -> Result<T, GrantError> {
+    Err(GrantError::Unsupported {
+        backend: "xen",
+        what,
+    })
+}
+
+fn check_length(what: &str, have: usize, wanted: usize) -> Result<(), GrantError> {
+    if have == wanted {
+        Ok(())
+    } else {
+        Err(GrantError::BadRange(format!(
+            "{what} of {have} bytes for {wanted} bytes of pages"
+        )))
+    }
+}
+
+impl XenBackend {
+    fn home(&self, home: HomeId) -> Result<Arc<Home>, GrantError> {
+        let homes = self.homes.read();
+        homes
+            .get(&home)
+            .cloned()
+            .ok_or(GrantError::NoSuchHome(home))
+    }
+
+    /// The cache domain of a frame and the frame's number there.
+    pub(super) fn domain_of(&self, frame: FrameNo) -> Result<(&CacheDomain, u32), GrantError> {
+        let (number, within) = Spread::locate(self.layout, frame);
+        let domain = self.domains.get(number as usize);
+        domain
+            .filter(|_| frame.0 < self.frames_max)
+            .map(|domain| (domain, within))
+            .ok_or_else(|| {
+                let frames_max = self.frames_max;
+                GrantError::BadRange(format!("frame {} is not below {frames_max}", frame.0))
+            })
+    }
+
+    /// Nobody may have any of the frames mapped, and none holds a page.
+    fn check_empty(&self, frames: &[FrameNo]) -> Result<(), GrantError> {
+        if let Some(frame) = self.tables.first_granted(frames) {
+            return Err(GrantError::StillGranted(frame));
+        }
+        let left = self.retry_left();
+        if let Some(&frame) = frames
+            .iter()
+            .find(|frame| left.binary_search(frame).is_ok())
+        {
+            return Err(GrantError::StillGranted(frame));
+        }
+        for &frame in frames {
+            let (domain, within) = self.domain_of(frame)?;
+            let found = domain.records()?.get(within);
+            if found != Found::Nothing {
+                return Err(GrantError::BadRange(format!(
+                    "frame {} holds {found:?}",
+                    frame.0
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn record(&self, home: HomeId, page: u64, within: u32) -> Record {
+        Record {
+            home,
+            page,
+            frame: within,
+            life: self.life,
+        }
+    }
+}
+
+impl Backend for XenBackend {
+    fn name(&self) -> &'static str {
+        "xen"
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            frames_shared: true,
+            read_only_enforced: true,
+            executable_mappings: false,
+            forced_revoke: false,
+            in_place_upgrade: false,
+            descriptors: false,
+        }
+    }
+
+    fn open_home(&self, spec: &HomeSpec) -> Result<HomeId, GrantError> {
+        let id = HomeId(self.next_home.fetch_add(1, Ordering::Relaxed));
+        let home = Arc::new(Home::new(id, spec.bytes));
+        self.homes.write().insert(id, home);
+        Ok(id)
+    }
+
+    fn close_home(&self, home: HomeId) -> Result<(), GrantError> {
+        let left = self.home(home)?.pages.lock().len();
+        if left > 0 {
+            return Err(GrantError::BadRange(format!(
+                "a home is closed with {left} pages in frames"
+            )));
+        }
+        self.homes.write().remove(&home);
+        Ok(())
+    }
+
+    fn home_descriptor(&self, _home: HomeId) -> Result<OwnedFd, GrantError> {
+        unsupported("a descriptor of a file")
+    }
+
+    fn make_runnable(&self, _home: HomeId) -> Result<(), GrantError> {
+        unsupported("running programs from frames")
+    }
+
+    /// Does anybody hold a grant of any page?
+    fn home_in_use(&self, home: HomeId) -> Result<bool, GrantError> {
+        let frames: Vec<FrameNo> = self.home(home)?.pages.lock().values().copied().collect();
+        Ok(self.tables.first_granted(&frames).is_some())
+    }
+
+    fn store(
+        &self,
+        home: HomeId,
+        first: PageIndex,
+        frames: &[FrameNo],
+        data: &[u8],
+    ) -> Result<(), GrantError> {
+        check_length("data", data.len(), frames.len() * PAGE_SIZE)?;
+        let home = self.home(home)?;
+        home.check(first, frames.len())?;
+        self.check_empty(frames)?;
+        for (&frame, page) in frames.iter().zip(data.chunks_exact(PAGE_SIZE)) {
+            let (domain, within) = self.domain_of(frame)?;
+            domain.frame(within)?.write_from(0, page);
+        }
+        let mut pages = home.pages.lock();
+        for (page, &frame) in (first.0..).zip(frames) {
+            let (domain, within) = self.domain_of(frame)?;
+            let record = self.record(home.id, page, within);
+            domain.records()?.put(record);
+            pages.insert(page, frame);
+        }
+        Ok(())
+    }
+
+    fn load(
+        &self,
+        home: HomeId,
+        page: PageIndex,
+        frame: FrameNo,
+        buf: &mut [u8],
+    ) -> Result<(), GrantError> {
+        check_length("a buffer", buf.len(), PAGE_SIZE)?;
+        let home = self.home(home)?;
+        check_placed(&home.pages.lock(), page, &[frame])?;
+        let (domain, within) = self.domain_of(frame)?;
+        domain.frame(within)?.read_only().read_into(0, buf);
+        Ok(())
+    }
+
+    fn discard(
+        &self,
+        home: HomeId,
+        first: PageIndex,
+        frames: &[FrameNo],
+    ) -> Result<(), GrantError> {
+        if let Some(frame) = self.tables.first_granted(frames) {
+            return Err(GrantError::StillGranted(frame));
+        }
+        let home = self.home(home)?;
+        let mut pages = home.pages.lock();
+        check_placed(&pages, first, frames)?;
+        for (page, &frame) in (first.0..).zip(frames) {
+            let (domain, within) = self.domain_of(frame)?;
+            domain.records()?.clear(within);
+            pages.remove(&page);
+        }
+        Ok(())
+    }
+
+    /// Cache domains may well be backed by 2 MiB pages, but grants are for 4 KiB.
+    fn make_huge(&self, _home: HomeId, _first: PageIndex) -> Result<bool, GrantError> {
+        Ok(false)
+    }
+
+    fn bind(&self, dom: DomId, domid: u16) -> Result<(), GrantError> {
+        let before = self.bindings.of(dom);
+        if before.is_some_and(|before| before != domid) && self.tables.grant_count(dom) > 0 {
+            return Err(GrantError::BadRange(format!(
+                "entries of session {} name another domain still",
+                dom.0
+            )));
+        }
+        self.bindings.set(dom, domid)
+    }
+
+    fn granter(&self, table: TableId) -> Option<DomId> {
+        let domain = self.domains.get(usize::from(table.0))?;
+        Some(DomId(domain.domid))
+    }
+
+    fn in_one_table(&self, frames: &[FrameNo]) -> usize {
+        let number = |frame: &FrameNo| Spread::locate(self.layout, *frame).0;
+        let Some(first) = frames.first().map(number) else {
+            return 0;
+        };
+        frames
+            .iter()
+            .take_while(|frame| number(frame) == first)
+            .count()
+    }
+
+    fn grant(
+        &self,
+        dom: DomId,
+        access: Access,
+        frames: &[FrameNo],
+        out: &mut Vec<Grant>,
+    ) -> Result<(), GrantError> {
+        if self.bindings.of(dom).is_none() {
+            return Err(GrantError::BadRange(format!(
+                "session {} was bound to no domain",
+                dom.0
+            )));
+        }
+        self.tables.grant(dom, access, frames, false, out)
+    }
+
+    fn revoke(&self, dom: DomId, frames: &[FrameNo], out: &mut Vec<Revocation>) {
+        self.tables.revoke(dom, frames, out);
+    }
+
+    fn force_out(
+        &self,
+        _home: HomeId,
+        _first: PageIndex,
+        _frames: &[FrameNo],
+        _evicted: &mut dyn FnMut(FrameNo, DomId),
+    ) -> Result<(), GrantError> {
+        unsupported("forced revocation")
+    }
+
+    fn holders(&self, frame: FrameNo, out: &mut Vec<DomId>) {
+        self.tables.holders(frame, out);
+    }
+
+    fn holder_count(&self, frame: FrameNo) -> u32 {
+        self.tables.holder_count(frame)
+    }
+
+    fn grant_count(&self, dom: DomId) -> u64 {
+        self.tables.grant_count(dom)
+    }
+
+    fn oldest_grants(&self, dom: DomId, max: usize, out: &mut Vec<FrameNo>) {
+        self.tables.oldest_grants(dom, max, out);
+    }
+
+    fn note_unmapped(&self, _dom: DomId, _frames: &[FrameNo]) {}
+
+    fn domain_ended(&self, dom: DomId) -> DomainEnd {
+        self.tables.domain_ended(dom, false)
+    }
+
+    fn set_grants_max(&self, dom: DomId, grants_max: u64) {
+        self.tables.set_grants_max(dom, grants_max);
+    }
+
+    fn unusable_frames(&self, out: &mut Vec<FrameNo>) {
+        out.extend(self.retry_left());
+    }
+
+    fn stop(&self) -> Result<(), GrantError> {
+        self.end_domains()
+    }
+
+    fn each_grant(&self, visit: &mut dyn FnMut(GrantInfo)) {
+        self.tables.each_grant(visit);
+    }
+
+    fn audit(&self) -> LedgerAudit {
+        let mut audit = self.tables.audit();
+        self.audit_records(&mut audit);
+        self.audit_domains(&mut audit);
+        audit
+    }
+
+    fn present_pages(&self, home: HomeId) -> Result<Vec<(PageIndex, u64)>, GrantError> {
+        let home = self.home(home)?;
+        let pages = home.pages.lock();
+        let mut runs: Vec<(PageIndex, u64)> = Vec::new();
+        for (&page, &frame) in &*pages {
+            let (domain, within) = self.domain_of(frame)?;
+            let record = self.record(home.id, page, within);
+            if domain.records()?.get(within) != Found::Record(record) {
+                continue;
+            }
+            match runs.last_mut() {
+                Some((first, count)) if first.0 + *count == page => *count += 1,
+                _ => runs.push((PageIndex(page), 1)),
+            }
+        }
+        Ok(runs)
+    }
+}
