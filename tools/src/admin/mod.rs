@@ -3,6 +3,7 @@
 //! Each has `Args` and `run(&Args)`. With `--json` standard output is one document, the fields of
 //! which are those of [`crate::serve::admin_types`].
 
+pub mod attach;
 pub mod audit;
 mod client;
 pub mod control;

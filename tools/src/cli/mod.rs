@@ -11,9 +11,9 @@ use std::process::ExitCode;
 
 /// Keeps the pages of shared files in memory once and grants them to guests.
 ///
-/// A daemon (`copage serve`) holds the pages of the directories it exports. Guests (here: processes of
-/// this machine) mount an export, run programs off it, or map its files by the library, and all see the
-/// same read-only frames of memory.
+/// A daemon (`copage serve`) holds the pages of the directories it exports. Guests (domains of this Xen
+/// host, or processes of this machine) mount an export, run programs off it, or map its files by the
+/// library, and all see the same read-only frames of memory.
 #[derive(Debug, Parser)]
 #[command(name = "copage", version, max_term_width = 100)]
 #[command(after_help = "\
@@ -39,6 +39,8 @@ enum Command {
     Doctor(doctor::Args),
     CheckConfig(check_config::Args),
     Export(admin::export::Args),
+    Attach(admin::attach::AttachArgs),
+    Detach(admin::attach::DetachArgs),
     Guests(admin::guests::Args),
     Pages(admin::pages::Args),
     Grants(admin::grants::Args),
@@ -68,6 +70,8 @@ impl Command {
             Self::Doctor(args) => doctor::run(args),
             Self::CheckConfig(args) => check_config::run(args),
             Self::Export(args) => admin::export::run(args),
+            Self::Attach(args) => admin::attach::attach(args),
+            Self::Detach(args) => admin::attach::detach(args),
             Self::Guests(args) => admin::guests::run(args),
             Self::Pages(args) => admin::pages::run(args),
             Self::Grants(args) => admin::grants::run(args),

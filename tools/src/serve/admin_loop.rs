@@ -7,8 +7,6 @@ use super::limits::{ACCEPTS_PER_TURN, GRANT_LINES_DEFAULT, GRANT_LINES_MAX};
 use super::poll::{Interest, Ready, Source};
 use crate::config::mib_to_pages;
 use copage_cache::CacheStats;
-use copage_coherence::msg::FenceReason;
-use copage_grants::Epoch;
 use copage_grants::channel::Peer;
 use std::collections::BTreeMap;
 
@@ -23,6 +21,13 @@ fn error(errno: i32, text: impl Into<String>) -> Now {
         errno,
         text: text.into(),
     })
+}
+
+fn now(result: Result<AdminReply, (i32, String)>) -> Now {
+    match result {
+        Ok(reply) => Now::Reply(reply),
+        Err((errno, text)) => error(errno, text),
+    }
 }
 
 impl Core {
@@ -166,24 +171,12 @@ impl Core {
                 }
             }
             AdminRequest::Drop => Now::Job(Job::Drop),
-            AdminRequest::Fence { guest } => {
-                let epochs: Vec<Epoch> = self
-                    .conns
-                    .values()
-                    .filter_map(|c| c.session.as_ref())
-                    .filter(|s| *s.name == *guest)
-                    .map(|s| s.epoch)
-                    .collect();
-                if epochs.is_empty() {
-                    return error(libc::ENOENT, format!("guest {guest:?} has no session"));
-                }
-                for epoch in &epochs {
-                    self.ctx.fence(*epoch, FenceReason::Removed);
-                }
-                Now::Reply(AdminReply::Fenced {
-                    sessions: epochs.len() as u64,
-                })
-            }
+            AdminRequest::Attach { domain, exports } => now(self.attach(&domain, &exports)),
+            AdminRequest::Detach { domain, exports } => now(self.detach(&domain, &exports)),
+            AdminRequest::Fence { guest } => match self.fence_guest(&guest) {
+                0 => error(libc::ENOENT, format!("guest {guest:?} has no session")),
+                sessions => Now::Reply(AdminReply::Fenced { sessions }),
+            },
             AdminRequest::Stop => {
                 self.wake.stop();
                 Now::Reply(AdminReply::Done)

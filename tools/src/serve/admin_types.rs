@@ -56,6 +56,23 @@ pub enum AdminRequest {
     },
     /// Drops every page that is not granted or pinned. Reply: [`AdminReply::Reclaimed`].
     Drop,
+    /// Lets a Xen domain have sessions and use exports, until the daemon stops. Reply:
+    /// [`AdminReply::Attached`].
+    Attach {
+        /// Its name or uuid.
+        domain: String,
+        /// Names of exports.
+        exports: Vec<String>,
+    },
+    /// Takes that back: from these exports, or, with none named, altogether. Its sessions are
+    /// fenced. Reply: [`AdminReply::Fenced`].
+    Detach {
+        /// Its name or uuid, as it was attached.
+        domain: String,
+        /// Names of exports.
+        #[serde(default)]
+        exports: Vec<String>,
+    },
     /// Fences all sessions of a guest. Reply: [`AdminReply::Fenced`].
     Fence {
         /// Its name.
@@ -92,7 +109,12 @@ pub enum AdminReply {
         /// Pages taken back by the time of this reply; more may follow as guests let go.
         pages: u64,
     },
-    /// To Fence.
+    /// To Attach.
+    Attached {
+        /// The guest that the domain is.
+        guest: String,
+    },
+    /// To Fence and Detach.
     Fenced {
         /// How many sessions.
         sessions: u64,

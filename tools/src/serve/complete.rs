@@ -226,27 +226,25 @@ impl Ctx {
 
     fn opened(&mut self, conn: &mut Conn, session: &mut Session, request: u64, done: OpenDone) {
         let OpenDone { file, state, how } = done;
-        let fd = match how {
-            OpenHow::Read => None,
-            OpenHow::Map | OpenHow::Pin => {
+        let descriptors = self.backend.capabilities().descriptors;
+        let found = match how {
+            OpenHow::Map | OpenHow::Pin if descriptors => {
                 match self.cache.descriptor(&file, state.generation) {
-                    Ok(fd) => Some((state, fd)),
+                    Ok(fd) => Some((state, Some(fd))),
                     // It changed since it was opened: a mapping takes the newest content.
                     Err(_) if how == OpenHow::Map => self.newest(&file).ok(),
                     Err(_) => None,
                 }
             }
+            // Frames are granted one by one, as they are faulted in.
+            OpenHow::Read | OpenHow::Map | OpenHow::Pin => Some((state, None)),
         };
-        if fd.is_none() && how != OpenHow::Read {
+        let Some((state, fd)) = found else {
             self.cache.close(&file, how, session.who);
             self.release_file(session.who.guest);
             let text = "the file changed while it was opened; try again";
             self.refuse_with(conn, session.epoch, request, libc::EAGAIN, text);
             return;
-        }
-        let (state, fd) = match fd {
-            Some((state, fd)) => (state, Some(fd)),
-            None => (state, None),
         };
         let token = FileToken(self.number());
         let flags = OpenedFlags {

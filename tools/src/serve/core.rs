@@ -12,6 +12,7 @@ use super::limits::{
 use super::poll::{Interest, Poller, Ready, Source};
 use super::session::Conn;
 use super::wake::Wake;
+use super::xen::XenSide;
 use copage_cache::CacheEvent;
 use copage_coherence::msg::{FenceReason, MESSAGE_BYTES_MAX, Notice};
 use copage_coherence::session::Event;
@@ -28,6 +29,8 @@ pub(super) struct Core {
     pub(super) poller: Poller,
     pub(super) admin: AdminServer,
     pub(super) wake: Arc<Wake>,
+    /// Where guests are domains too.
+    pub(super) xen: Option<XenSide>,
     pub(super) events: crossbeam_channel::Receiver<CacheEvent>,
     listener: Listener,
     signals: Option<SignalFd>,
@@ -67,6 +70,7 @@ impl Core {
             poller,
             admin,
             wake,
+            xen: None,
             events,
             listener,
             signals,
@@ -96,6 +100,7 @@ impl Core {
                 self.take(*one);
                 self.act();
             }
+            self.xen_events();
             self.drain_cache_events();
             self.greetings();
             self.cache_due_ms = self.ctx.cache.tick(self.ctx.now_ms);

@@ -61,6 +61,13 @@ struct AskedOf {
     what: Asked,
 }
 
+/// A session as the hypervisor knows it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Bound {
+    pub who: Holder,
+    pub domid: u16,
+}
+
 /// Counts since the start.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Counts {
@@ -94,6 +101,8 @@ pub(super) struct Ctx {
     /// Connections by domid and by epoch.
     pub by_dom: HashMap<DomId, u64>,
     pub by_epoch: HashMap<Epoch, u64>,
+    /// Which domain of the hypervisor the entries of a session name, until none is left.
+    pub bound: HashMap<DomId, Bound>,
     /// Who has a file open.
     pub openers: HashMap<FileId, Vec<(u64, FileToken)>>,
     joins: HashMap<u64, Join>,
@@ -127,6 +136,7 @@ impl Ctx {
             late: BTreeMap::new(),
             by_dom: HashMap::new(),
             by_epoch: HashMap::new(),
+            bound: HashMap::new(),
             openers: HashMap::new(),
             joins: HashMap::new(),
             asked: HashMap::new(),
@@ -249,17 +259,21 @@ impl Ctx {
         }
     }
 
-    /// The newest content of a file and, for opens that map it, its descriptor.
+    /// The newest content of a file and, for opens that map it and where there are any, its
+    /// descriptor.
     pub(super) fn newest(
         &self,
         file: &Arc<CachedFile>,
-    ) -> Result<(copage_cache::FileState, OwnedFd), copage_cache::CacheError> {
+    ) -> Result<(copage_cache::FileState, Option<OwnedFd>), copage_cache::CacheError> {
+        if !self.backend.capabilities().descriptors {
+            return Ok((self.cache.current(file), None));
+        }
         // A file that changes between the two calls has a newer state in the second round.
         let mut last = None;
         for _ in 0..3 {
             let state = self.cache.current(file);
             match self.cache.descriptor(file, state.generation) {
-                Ok(fd) => return Ok((state, fd)),
+                Ok(fd) => return Ok((state, Some(fd))),
                 Err(error) => last = Some(error),
             }
         }

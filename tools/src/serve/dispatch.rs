@@ -331,6 +331,11 @@ impl Ctx {
         node: NodeRef,
         how: OpenHow,
     ) -> Result<(), Refusal> {
+        if how == OpenHow::Pin && !self.backend.capabilities().descriptors {
+            let text = "nothing can be pinned here: this daemon grants frames and has no descriptors \
+                        to give";
+            return Err((libc::EOPNOTSUPP, text));
+        }
         let guest = self.guests.get_mut(session.who.guest).ok_or(NO_FILE)?;
         if guest.files >= guest.limits.files_max as usize {
             return Err((
@@ -429,7 +434,7 @@ impl Ctx {
                             version: state.version,
                             bytes: state.bytes,
                         };
-                        self.answer_with(conn, session.epoch, number, &reply, Some(fd));
+                        self.answer_with(conn, session.epoch, number, &reply, fd);
                     }
                     Err(error) => {
                         let text = error.to_string();

@@ -73,6 +73,28 @@ impl Exports {
             .collect()
     }
 
+    /// Lets a guest use an export.
+    pub(super) fn allow(&mut self, export: &str, guest: &str) {
+        if let Some(export) = self.by_name.get_mut(export)
+            && !allows(&export.entry, guest)
+        {
+            export.entry.allow.push(guest.to_owned());
+        }
+    }
+
+    /// Takes a guest from an export's list.
+    pub(super) fn disallow(&mut self, export: &str, guest: &str) {
+        if let Some(export) = self.by_name.get_mut(export) {
+            export.entry.allow.retain(|name| name != guest);
+        }
+    }
+
+    /// May everybody use it?
+    pub(super) fn allows_all(&self, export: &str) -> bool {
+        let export = self.by_name.get(export);
+        export.is_some_and(|e| e.entry.allow.iter().any(|name| name == "*"))
+    }
+
     /// Names that a guest may use, each ended by NUL.
     pub(super) fn names_for(&self, guest: &str) -> Vec<u8> {
         let mut names = Vec::new();

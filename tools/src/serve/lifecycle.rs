@@ -1,7 +1,7 @@
 //! How sessions begin and end: what the machine says is done here.
 
 use super::core::Core;
-use super::ctx::Ctx;
+use super::ctx::{Bound, Ctx};
 use super::dispatch::After;
 use super::handles::Handles;
 use super::limits::LAST_MESSAGES_MAX;
@@ -11,6 +11,7 @@ use copage_cache::{CachedFile, GuestLimits, Holder};
 use copage_coherence::msg::{FenceReason, FileToken, Notice, Reply, WelcomeFlags};
 use copage_coherence::session::{Action, Event, Guest, RecallOutcome, Refusal, Subject};
 use copage_grants::channel::{Channel, Peer, ProcessPeer};
+use copage_grants::xen::channel::limits::CONTROL_DOMID;
 use copage_grants::{DomId, Epoch, TrustClass};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -45,13 +46,21 @@ impl Ctx {
         };
         entry.sessions += 1;
         let (name, limits) = (entry.name.clone(), entry.limits);
+        let who = Holder {
+            dom,
+            guest: hello.guest,
+            class: self.class_of(&conn.peer),
+        };
+        // Processes of this domain map grants as guests do, where the backend grants.
+        let domid = match &conn.peer {
+            Peer::Process(_) => CONTROL_DOMID,
+            Peer::Domain(domain) => domain.domid,
+        };
+        let bound = self.backend.bind(dom, domid);
+        self.bound.insert(dom, Bound { who, domid });
         conn.session = Some(Box::new(Session {
             epoch,
-            who: Holder {
-                dom,
-                guest: hello.guest,
-                class: self.class_of(&conn.peer),
-            },
+            who,
             name: name.clone(),
             handles: Handles::new(epoch),
             files: HashMap::new(),
@@ -62,6 +71,18 @@ impl Ctx {
         self.by_dom.insert(dom, conn.id);
         self.by_epoch.insert(epoch, conn.id);
         self.counts.sessions += 1;
+        if let Err(error) = bound {
+            tracing::error!(%error, guest = %name, "a session cannot be bound to its domain");
+            self.refuse_with(
+                conn,
+                epoch,
+                hello.request,
+                error.errno(),
+                &error.to_string(),
+            );
+            self.event(Event::End { epoch });
+            return;
+        }
         match &conn.peer {
             Peer::Process(ProcessPeer { pid, uid, .. }) => {
                 tracing::info!(guest = %name, dom = dom.0, pid, uid, "connected");
@@ -301,6 +322,7 @@ impl Core {
             if let Some(guest) = self.ctx.guests.get_mut(guest) {
                 guest.sessions = guest.sessions.saturating_sub(1);
             }
+            self.ctx.bound.remove(&dom);
             self.ctx.event(Event::Drained { dom });
         }
     }
@@ -334,6 +356,12 @@ impl Core {
         };
         if conn.session.is_none() {
             self.drop_conn(id);
+            return;
+        }
+        if matches!(conn.peer, Peer::Domain(_)) {
+            // What is still mapped is seen in the grant table, whatever became of the process: there
+            // is nobody whose word would be needed.
+            self.said_bye(id);
             return;
         }
         conn.outbox = super::outbox::Outbox::default();

@@ -9,6 +9,7 @@ mod admin;
 mod admin_loop;
 mod admin_run;
 pub mod admin_types;
+mod attach;
 mod clock;
 mod complete;
 mod convert;
@@ -27,6 +28,7 @@ mod run_dir;
 mod session;
 mod start;
 mod wake;
+mod xen;
 
 pub use run_dir::{ADMIN_SOCKET, GUEST_SOCKET, RunDirError};
 pub use start::{Daemon, DaemonHandle, RunOptions, ServeError};

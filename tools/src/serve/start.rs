@@ -11,6 +11,7 @@ use super::limits::{GUEST_SESSIONS_MAX, SESSIONS_MAX};
 use super::ready;
 use super::run_dir::{RunDir, RunDirError};
 use super::wake::Wake;
+use super::xen::{self, XenSide};
 use crate::config::{Config, mib_to_pages};
 use copage_cache::{Cache, CacheConfig, CacheError, EventSink};
 use copage_coherence::limits::RECALLS_MAX;
@@ -18,6 +19,7 @@ use copage_coherence::session::{SessionConfig, Sessions};
 use copage_grants::channel::{ChannelError, Listener};
 use copage_grants::local::{LocalBackend, LocalConfig};
 use copage_grants::sys::{self, SignalFd};
+use copage_grants::xen::XenError;
 use copage_grants::{Backend, Epoch, GrantError, PAGE_SIZE_U64};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -34,8 +36,20 @@ pub enum ServeError {
     #[error(transparent)]
     RunDir(#[from] RunDirError),
     /// The machine cannot do what the backend needs.
-    #[error("the local backend: {0}")]
-    Backend(#[from] GrantError),
+    #[error("the {name} backend: {source}")]
+    Backend {
+        /// Which.
+        name: &'static str,
+        /// Why.
+        #[source]
+        source: GrantError,
+    },
+    /// Xen is asked for and is not here.
+    #[error("{0}")]
+    NoXen(String),
+    /// Domains cannot be listened to.
+    #[error("the control channel of Xen: {0}")]
+    Channel(#[from] XenError),
     /// The cache refused its settings or an export.
     #[error(transparent)]
     Cache(#[from] CacheError),
@@ -196,13 +210,38 @@ impl Drop for DaemonHandle {
 struct Prepared {
     core: Core,
     cache: Arc<Cache>,
+    backend: Arc<dyn Backend>,
     _run_dir: RunDir,
 }
 
 impl Prepared {
     fn finish(self) {
+        // Nobody connects any more, and every ring is unmapped.
+        drop(self.core);
         self.cache.shutdown();
+        if let Err(error) = self.backend.stop() {
+            tracing::warn!(%error, "not all could be given back");
+        }
     }
+}
+
+fn local_backend(config: &Config) -> Result<Arc<dyn Backend>, ServeError> {
+    let local = LocalConfig {
+        force: config.force,
+        class_size_max_bytes: Some(u64::from(config.frames_max()) * PAGE_SIZE_U64),
+        ..LocalConfig::default()
+    };
+    match LocalBackend::new(local) {
+        Ok(backend) => Ok(Arc::new(backend)),
+        Err(source) => Err(ServeError::Backend {
+            name: "local",
+            source,
+        }),
+    }
+}
+
+fn xen_backend(_config: &Config) -> Result<Arc<dyn Backend>, ServeError> {
+    Err(ServeError::NoXen("the xen backend is not built yet".into()))
 }
 
 fn prepare(
@@ -213,12 +252,12 @@ fn prepare(
     sys::raise_open_files().map_err(sys("RLIMIT_NOFILE"))?;
     let run_dir = RunDir::claim(&config.run_dir)?;
     let wake = Arc::new(Wake::new().map_err(sys("eventfd"))?);
-    let local = LocalConfig {
-        force: config.force,
-        class_size_max_bytes: Some(u64::from(config.frames_max()) * PAGE_SIZE_U64),
-        ..LocalConfig::default()
-    };
-    let backend = wrap(Arc::new(LocalBackend::new(local)?));
+    let is_xen = xen::is_wanted(config)?;
+    let backend = wrap(if is_xen {
+        xen_backend(config)?
+    } else {
+        local_backend(config)?
+    });
 
     let (sender, events) = crossbeam_channel::unbounded();
     let waker = wake.clone();
@@ -269,11 +308,19 @@ fn prepare(
         .map_err(|source| ServeError::Socket { path, source })?;
     let admin = bind_admin(&run_dir.admin_socket()).map_err(sys("the admin socket"))?;
     let admin = AdminServer::new(admin, runner);
-    let core = Core::new(ctx, admin, wake, events, listener, signals, run_dir.epoch)
+    let wanted = ctx.guests.domains().map(Into::into).collect();
+    let xen = match is_xen {
+        true => Some(XenSide::start(config, wanted, &wake)?),
+        false => None,
+    };
+    let backend = ctx.backend.clone();
+    let mut core = Core::new(ctx, admin, wake, events, listener, signals, run_dir.epoch)
         .map_err(sys("epoll"))?;
+    core.xen = xen;
     Ok(Prepared {
         core,
         cache,
+        backend,
         _run_dir: run_dir,
     })
 }
