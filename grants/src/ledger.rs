@@ -86,17 +86,20 @@ impl Ledger {
         Some(base)
     }
 
-    /// Takes slots of the newest span, none of which was ever used, out of use; [`Ledger::put_back`]
-    /// ends that. `is_out` tells them.
-    pub(crate) fn leave_out(&mut self, base: Slot, reserved: u32, is_out: impl Fn(Slot) -> bool) {
-        let end = self.slots();
-        let at = base.saturating_add(reserved).min(end);
-        if let Some(span) = self.spans.last_mut() {
-            *span = Span::of_free(at, end, &mut self.ages, |slot| !is_out(slot));
-        }
+    /// Takes slots of a span that holds no grant, `is_out` tells which, out of use; all others in `slots`
+    /// are free. [`Ledger::put_back`] ends that.
+    pub(crate) fn leave_out(
+        &mut self,
+        span: usize,
+        slots: Range<Slot>,
+        is_out: impl Fn(Slot) -> bool,
+    ) {
+        let Range { start, end } = slots;
+        self.spans[span] = Span::of_free(start, end, &mut self.ages, |slot| !is_out(slot));
     }
 
-    /// A slot that was left out is free.
+    /// A slot that was left out, or whose grant has ended, is free.
+    #[inline]
     pub(crate) fn put_back(&mut self, span: usize, slot: Slot) {
         self.spans[span].give(slot, &mut self.ages);
     }
@@ -333,9 +336,9 @@ impl Ledger {
         first..first + count
     }
 
-    /// Ends a grant of `frame`.
+    /// Ends a grant of `frame`. Its slot is not free before [`Ledger::put_back`].
     #[inline]
-    pub(crate) fn remove(&mut self, span: usize, slot: Slot, frame: FrameNo) {
+    pub(crate) fn remove(&mut self, slot: Slot, frame: FrameNo) {
         let next = self.next[slot as usize];
         let head = &mut self.heads[frame.0 as usize];
         if *head == slot {
@@ -351,7 +354,6 @@ impl Ledger {
         account.count -= 1;
         self.ages.unlink(&mut account.ages, slot);
         self.next[slot as usize] = 0;
-        self.spans[span].give(slot, &mut self.ages);
     }
 
     /// Makes a grant its domain's newest.

@@ -64,3 +64,7 @@ pub const GRANT_FRAMES_MAX: u32 = 512;
 
 /// How long the toolstack may take to make or end a domain, in s. In emulation it takes ten.
 pub const TOOLSTACK_DEADLINE_S: u64 = 120;
+
+/// How long an entry's number rests before it is used again, in ms: a session's term of 5 s, 1 % for
+/// clocks that differ, and a little.
+pub const GREF_REST_MS_DEFAULT: u64 = 5100;

@@ -6,6 +6,7 @@
 
 mod audit;
 mod left_over;
+mod rest;
 
 use crate::backend::{Access, DomainEnd, Revocation};
 use crate::entry::{Entry, EntryMemory};
@@ -14,6 +15,7 @@ use crate::ids::{DomId, FrameNo, Grant, GrantRef, TableId};
 use crate::ledger::{Ledger, Slot};
 use crate::limits::{ENTRIES_RESERVED, FRAMES_MAX, GRANTS_PER_LOCK_HOLD};
 use parking_lot::Mutex;
+use rest::Rest;
 use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
 
@@ -41,6 +43,7 @@ struct Inner<M> {
     tables: Vec<Table<M>>,
     /// Entries of an earlier life that are in use still, with their frames.
     left_over: BTreeMap<Slot, Option<FrameNo>>,
+    rest: Rest,
 }
 
 /// Tables, ledger, and where frames are.
@@ -96,7 +99,12 @@ impl<M: EntryMemory> Inner<M> {
         let (table, gref) = self.locate(slot);
         let freed = free(&self.tables[table].memory.entries()[gref as usize]);
         if freed {
-            self.ledger.remove(table, slot, frame);
+            self.ledger.remove(slot, frame);
+            if self.rest.ms == 0 {
+                self.ledger.put_back(table, slot);
+            } else {
+                self.rest.begin(table, slot);
+            }
         }
         freed
     }
@@ -110,6 +118,7 @@ impl<M: EntryMemory, P: Placement> GrantTables<M, P> {
                 ledger: Ledger::default(),
                 tables: Vec::new(),
                 left_over: BTreeMap::new(),
+                rest: Rest::default(),
             }),
             placement,
         }
@@ -138,6 +147,7 @@ impl<M: EntryMemory, P: Placement> GrantTables<M, P> {
         }
         out.reserve(frames.len());
         let mut inner = self.inner.lock();
+        inner.end_rests();
         // Mostly all are new and fit: one pass tells that and records them.
         let Some((id, slots)) = self.add_all(&mut inner, frames, dom, access) else {
             return self.grant_others(&mut inner, frames, (dom, access, mapped), out);

@@ -11,7 +11,7 @@ use crate::limits::ENTRIES_RESERVED;
 use std::collections::BTreeMap;
 
 impl<M: EntryMemory, P: Placement> GrantTables<M, P> {
-    /// Adds a table as an earlier life left it. `frame_of` gives the frame that entries call by a
+    /// Adds a table as an earlier life left it; where numbers rest, all of them do. `frame_of` gives the frame that entries call by a
     /// number; entries in use of what is no frame are told by the audit.
     pub fn add_found_table(
         &self,
@@ -20,6 +20,8 @@ impl<M: EntryMemory, P: Placement> GrantTables<M, P> {
     ) -> Result<TableId, GrantError> {
         let inner = &mut *self.inner.lock();
         let (id, base) = inner.add_span(&memory)?;
+        let slots = base + ENTRIES_RESERVED..inner.ledger.slots();
+        let table = usize::from(id.0);
         let mut left = BTreeMap::new();
         let entries = (base..).zip(memory.entries());
         for (slot, entry) in entries.skip(ENTRIES_RESERVED as usize) {
@@ -28,11 +30,16 @@ impl<M: EntryMemory, P: Placement> GrantTables<M, P> {
                 left.insert(slot, frame_of(state.frame));
             }
         }
-        if !left.is_empty() {
-            let is_left = |slot| left.contains_key(&slot);
-            inner.ledger.leave_out(base, ENTRIES_RESERVED, is_left);
-            inner.left_over.append(&mut left);
+        let rests = inner.rest.ms > 0;
+        if rests {
+            // A guest may have been told any of the numbers a moment ago.
+            inner.rest.begin_table(table, slots.clone());
         }
+        if rests || !left.is_empty() {
+            let is_out = |slot| rests || left.contains_key(&slot);
+            inner.ledger.leave_out(table, slots, is_out);
+        }
+        inner.left_over.append(&mut left);
         inner.tables.push(Table { memory, base });
         Ok(id)
     }
@@ -46,7 +53,9 @@ impl<M: EntryMemory, P: Placement> GrantTables<M, P> {
             let freed = inner.entry(slot).revoke();
             if freed {
                 let (table, _) = inner.locate(slot);
-                inner.ledger.put_back(table, slot);
+                if !inner.rest.has_table(table) {
+                    inner.ledger.put_back(table, slot);
+                }
             }
             !freed
         });

@@ -5,7 +5,7 @@ use crate::error::GrantError;
 use crate::ids::PAGE_SIZE;
 use crate::limits::{
     CACHE_DOMAIN_MIB_DEFAULT, CACHE_DOMAIN_MIB_MAX, CACHE_DOMAIN_MIB_MIN, CACHE_DOMAINS_MAX,
-    ENTRIES_PER_FRAME_DEFAULT, FRAMES_MAX, GRANT_FRAMES_MAX,
+    ENTRIES_PER_FRAME_DEFAULT, FRAMES_MAX, GRANT_FRAMES_MAX, GREF_REST_MS_DEFAULT,
 };
 use std::ops::Range;
 use std::path::PathBuf;
@@ -20,6 +20,9 @@ pub struct XenConfig {
     /// Grant table of one cache domain, in frames of 512 entries; `None`: four entries for each frame,
     /// within what Xen allows by `gnttab_max_frames` at most 512.
     pub grant_frames: Option<u32>,
+    /// How long an entry's number rests before it is used again, in ms: longer than a session's term,
+    /// after which a guest that was told it and did not map it maps nothing more.
+    pub gref_rest_ms: u64,
     /// A directory that outlives the daemon's process, for the domains' configuration.
     pub run_dir: PathBuf,
     /// The toolstack's program.
@@ -35,6 +38,7 @@ impl Default for XenConfig {
             frames_max: 262_144,
             cache_domain_mib: CACHE_DOMAIN_MIB_DEFAULT,
             grant_frames: None,
+            gref_rest_ms: GREF_REST_MS_DEFAULT,
             run_dir: PathBuf::from("/run/copage"),
             xl: PathBuf::from("xl"),
             name_prefix: "copage-cache".to_owned(),

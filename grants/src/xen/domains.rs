@@ -42,7 +42,8 @@ impl XenBackend {
         let tables = GrantTables::new(Spread {
             layout,
             bindings: Arc::clone(&bindings),
-        });
+        })
+        .resting_ms(config.gref_rest_ms);
         let mut domains = Vec::new();
         for number in 0..layout.domains(config.frames_max) {
             let opener = Opener {
@@ -51,12 +52,15 @@ impl XenBackend {
                 layout,
                 number,
             };
-            let (domain, table) = opener.open(found.remove(&number))?;
-            let first = number * layout.frames;
-            // Entries of what is not in use end here, those of domains that died among them.
-            tables.add_found_table(table, |gfn| {
-                layout.frame_of(gfn).map(|within| FrameNo(first + within))
-            })?;
+            let (domain, table, is_new) = opener.open(found.remove(&number))?;
+            if is_new {
+                tables.add_table(table)?;
+            } else {
+                let first = number * layout.frames;
+                let frame_of = |gfn| layout.frame_of(gfn).map(|n| FrameNo(first + n));
+                // Entries that are not in use end here, those of domains that died among them.
+                tables.add_found_table(table, frame_of)?;
+            }
             domains.push(domain);
         }
         let backend = Self {
@@ -170,9 +174,11 @@ struct Opener<'a> {
 }
 
 impl Opener<'_> {
-    fn open(&self, found: Option<u16>) -> Result<Opened, GrantError> {
+    /// The domain, its table, and whether it is new.
+    fn open(&self, found: Option<u16>) -> Result<(CacheDomain, GrantTableMap, bool), GrantError> {
+        let new = |(domain, table)| (domain, table, true);
         let Some(domid) = found else {
-            return self.make();
+            return self.make().map(new);
         };
         let found = self.map(domid);
         let as_wanted = |(domain, table): &Opened| {
@@ -184,11 +190,11 @@ impl Opener<'_> {
         match found {
             Ok(opened) if as_wanted(&opened) => {
                 self.layout.header(self.number).write(opened.0.whole()?);
-                Ok(opened)
+                Ok((opened.0, opened.1, false))
             }
             _ if !is_in_use(&whole_table(self.xen, domid)?) => {
                 self.toolstack.destroy(self.number, domid)?;
-                self.make()
+                self.make().map(new)
             }
             found => Err(GrantError::CacheDomain {
                 name: self.toolstack.name(self.number),
