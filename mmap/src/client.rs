@@ -1,14 +1,16 @@
 //! Connecting to a daemon, and what a connected guest can ask.
 
+use crate::connect::channel_error;
 use crate::error::{LostWhy, MmapError, Result};
 use crate::export::Export;
 use crate::node::Node;
 use crate::session::Shared;
 use crate::uffd::Mode;
 use copage_coherence::msg::{Reply, Request};
+use copage_grants::channel::Channel;
 use copage_grants::{DomId, Epoch};
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Which userfaultfd a client may use; for tests and for machines where one way is known to fail.
@@ -24,6 +26,24 @@ pub enum UserfaultPolicy {
     UserModeOnly,
     /// None: this client will not map.
     None,
+}
+
+/// Where a daemon is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DaemonAt {
+    /// On this machine, listening at this socket.
+    Socket(PathBuf),
+    /// In the control domain of the Xen host that this machine is a guest of.
+    Xen,
+}
+
+impl fmt::Display for DaemonAt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Socket(socket) => write!(f, "{}", socket.display()),
+            Self::Xen => f.write_str("the control domain"),
+        }
+    }
 }
 
 /// What a client tells of itself.
@@ -117,6 +137,26 @@ impl Client {
         Ok(Self {
             handle: Arc::new(ClientHandle { shared }),
         })
+    }
+
+    /// Begins a session over a channel: in a Xen guest, [`Channel::connect_xen`]'s.
+    pub fn connect_over(channel: Channel, options: &ConnectOptions) -> Result<Self> {
+        let device = crate::granted::kernel_device();
+        let shared = crate::connect::begin(channel, options, device)?;
+        Ok(Self {
+            handle: Arc::new(ClientHandle { shared }),
+        })
+    }
+
+    /// Begins a session with a daemon wherever it is.
+    pub fn connect_at(daemon: &DaemonAt, options: &ConnectOptions) -> Result<Self> {
+        match daemon {
+            DaemonAt::Socket(socket) => Self::connect(socket, options),
+            DaemonAt::Xen => {
+                let channel = Channel::connect_xen();
+                Self::connect_over(channel.map_err(|e| channel_error(&e))?, options)
+            }
+        }
     }
 
     /// As [`Self::connect`], with another device for grants than the kernel's.

@@ -24,8 +24,16 @@ use std::sync::atomic::AtomicBool;
 /// Hello's request number; calls go on behind it.
 const HELLO: u64 = 1;
 
-fn channel_error(error: &ChannelError) -> MmapError {
+pub(crate) fn channel_error(error: &ChannelError) -> MmapError {
     match error {
+        ChannelError::Refused(text) => MmapError::Refused {
+            errno: libc::EACCES,
+            text: text.clone(),
+        },
+        ChannelError::Xen(error) => MmapError::Refused {
+            errno: error.errno(),
+            text: error.to_string(),
+        },
         ChannelError::Sys { call, source } => MmapError::sys(call, source),
         ChannelError::Closed => MmapError::Lost(LostWhy::HungUp),
         other => MmapError::Protocol(other.to_string()),
@@ -70,7 +78,7 @@ pub(crate) fn connect(
 }
 
 /// Says Hello and starts the session's two threads.
-fn begin(channel: Channel, options: &ConnectOptions, opener: Opener) -> Result<Arc<Shared>> {
+pub(crate) fn begin(channel: Channel, options: &ConnectOptions, opener: Opener) -> Result<Arc<Shared>> {
     let sys = |call| move |e: io::Error| MmapError::sys(call, &e);
     let wake = EventFd::new().map_err(sys("eventfd"))?;
     let empty = empty_file().map_err(sys("memfd_create"))?;

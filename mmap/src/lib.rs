@@ -31,7 +31,7 @@ mod uffd;
 mod walk;
 mod window;
 
-pub use client::{Client, ConnectOptions, UserfaultMode, UserfaultPolicy, Welcome};
+pub use client::{Client, ConnectOptions, DaemonAt, UserfaultMode, UserfaultPolicy, Welcome};
 pub use error::{LostWhy, MmapError, Result};
 pub use export::{Export, ExportMode};
 pub use file::File;

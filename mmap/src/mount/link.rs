@@ -1,19 +1,18 @@
 //! The mount's session with the daemon, begun again when it is lost.
 
 use super::limits::{HANDLES_MIN, HANDLES_SHARE, RECONNECT_PAUSE};
-use crate::client::{Client, ConnectOptions};
+use crate::client::{Client, ConnectOptions, DaemonAt};
 use crate::error::Result;
 use crate::export::Export;
 use parking_lot::{Mutex, RwLock};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
 /// Whom to connect to, and for what.
 #[derive(Clone, Debug)]
 pub struct Target {
-    /// The daemon's socket.
-    pub socket: PathBuf,
+    /// Where the daemon is.
+    pub daemon: DaemonAt,
     /// What to tell of oneself.
     pub connect: ConnectOptions,
     /// The export's name.
@@ -104,5 +103,5 @@ impl Link {
 }
 
 fn connect(target: &Target) -> Result<Export> {
-    Client::connect(&target.socket, &target.connect)?.attach(&target.export)
+    Client::connect_at(&target.daemon, &target.connect)?.attach(&target.export)
 }

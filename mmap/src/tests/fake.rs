@@ -122,8 +122,8 @@ pub(super) struct State {
     pub(super) stuck: bool,
     /// Share by grants: no descriptors.
     pub(super) standin: Option<Arc<StandIn>>,
-    /// What was asked back, by recall: generation, first page, pages.
-    recalls: HashMap<u64, (u32, u64, u64)>,
+    /// What was asked back, by recall: generation, first page, pages, the newest batch of then.
+    recalls: HashMap<u64, (u32, u64, u64, u64)>,
     channel: Option<Arc<Channel>>,
 }
 
@@ -153,9 +153,10 @@ impl Fake {
         let generation = {
             let mut state = self.state.lock();
             let newest = state.newest;
+            let batch = state.standin.as_ref().map_or(0, |s| s.newest_batch());
             state
                 .recalls
-                .insert(recall, (newest, first, u64::from(count)));
+                .insert(recall, (newest, first, u64::from(count), batch));
             newest
         };
         let notice = Notice::Invalidate {
@@ -293,7 +294,8 @@ impl Fake {
         let (fd, notice) = {
             let mut state = self.state.lock();
             let older = state.newest - 1;
-            state.recalls.insert(recall, (older, 0, u64::MAX));
+            let batch = state.standin.as_ref().map_or(0, |s| s.newest_batch());
+            state.recalls.insert(recall, (older, 0, u64::MAX, batch));
             let home = &state.homes[&state.newest];
             let notice = Notice::Rebase {
                 recall,
@@ -444,10 +446,10 @@ impl State {
             }
             Request::Forget { .. } => self.note(Seen::Forget),
             Request::Ack { recall } => {
-                if let (Some(standin), Some((generation, first, count))) =
+                if let (Some(standin), Some((generation, first, count, batch))) =
                     (&self.standin, self.recalls.remove(&recall))
                 {
-                    standin.acked(generation, first, count);
+                    standin.acked(generation, first, count, batch);
                 }
                 self.note(Seen::Ack(recall))
             }

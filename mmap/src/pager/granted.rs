@@ -1,0 +1,263 @@
+//! Granted files: what is asked for, what the answers do, and what is said to be unmapped. All of it
+//! leaves by this thread, so that the order is known: see [`crate::granted`].
+
+use super::Pager;
+use super::faults::{InFlight, Waiter};
+use super::worker::Job;
+use crate::error::MmapError;
+use crate::file::FileInner;
+use crate::granted::{Brought, Cover, MapJob, MapOutcome, Pages, Told};
+use crate::limits::MAP_TRIES_MAX;
+use crate::mapped::Mapped;
+use crate::mapping::MapKind;
+use copage_coherence::msg::{FaultHint, PageRange, Request};
+use copage_grants::{DomId, PageIndex};
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+impl Pager {
+    /// What other threads have told.
+    pub(super) fn told(&mut self) {
+        while let Ok(told) = self.told.try_recv() {
+            if self.ending {
+                // Callers that wait see their channel closed.
+                continue;
+            }
+            match told {
+                Told::Want {
+                    mapped,
+                    page,
+                    end,
+                    tell,
+                } => self.want_for_caller(mapped, page..end, tell),
+                Told::Mapped { number, outcome } => self.mapped(number, outcome),
+                Told::TakenBack {
+                    file,
+                    pages,
+                    recall,
+                } => {
+                    self.faults.spoil(&pages);
+                    self.say_unmapped(&file, &pages, pages.first..pages.end());
+                    if let Some(recall) = recall {
+                        self.shared.session.post(&Request::Ack { recall });
+                    }
+                }
+                Told::GivenBack { file, pages } => {
+                    for part in self.faults.quiet_parts(&pages) {
+                        self.say_unmapped(&file, &pages, part);
+                    }
+                }
+            }
+        }
+    }
+
+    fn say_unmapped(&self, file: &Arc<FileInner>, pages: &Pages, part: Range<u64>) {
+        let count = part.end - part.start;
+        crate::rebase::unmapped(
+            &self.shared,
+            file.token,
+            pages.generation,
+            part.start,
+            count,
+        );
+    }
+
+    /// A fault, or a caller, wants a page for which nothing is on its way.
+    pub(super) fn want_granted(&mut self, waiter: Waiter) {
+        let file_bytes = waiter.mapped.file().content.lock().bytes;
+        let window = waiter.mapped.window(waiter.page, file_bytes);
+        let within = window.first..window.first + u64::from(window.count);
+        self.want_within(waiter, within, window.hint);
+    }
+
+    fn want_for_caller(
+        &mut self,
+        mapped: Arc<Mapped>,
+        pages: Range<u64>,
+        tell: crossbeam_channel::Sender<Brought>,
+    ) {
+        let waiter = Waiter {
+            mapped,
+            page: pages.start,
+            write: false,
+            tell: Some(tell),
+        };
+        if waiter.mapped.file().rebases.load(Ordering::SeqCst) > 0 {
+            return self.after_rebase(waiter);
+        }
+        if !self.faults.join(&waiter) {
+            self.want_within(waiter, pages, FaultHint::Populate);
+        }
+    }
+
+    /// A caller came while a rebase is on its way: it is told to look again when that is done, by way
+    /// of the worker's queue.
+    fn after_rebase(&mut self, waiter: Waiter) {
+        if let Some(tell) = waiter.tell {
+            let _ = self.shared.jobs.send(Job::Again(tell));
+        }
+    }
+
+    fn want_within(&mut self, waiter: Waiter, within: Range<u64>, hint: FaultHint) {
+        let shared = Arc::clone(&self.shared);
+        let Ok(uffd) = &shared.uffd else { return };
+        match waiter.mapped.try_cover(waiter.page, within) {
+            Some(Cover::Free(free)) => {
+                let free = self.faults.clip_around(&waiter, free);
+                self.ask_granted(waiter, free, hint, 0);
+            }
+            Some(Cover::There) => {
+                waiter.mapped.wake(uffd, waiter.page, 1);
+                waiter.answer(Brought::Until(waiter.page + 1));
+            }
+            // Who changes the mapping wakes those who fault; callers look again.
+            None => self.after_rebase(waiter),
+        }
+    }
+
+    pub(super) fn ask_granted(
+        &mut self,
+        waiter: Waiter,
+        pages: Range<u64>,
+        hint: FaultHint,
+        tries: u32,
+    ) {
+        let file = Arc::clone(waiter.mapped.file());
+        let generation = waiter.mapped.generation();
+        // A window, and what callers ask for, is at most FAULT_PAGES_MAX.
+        let (first, count) = (pages.start, (pages.end - pages.start) as u32);
+        let number = self.shared.session.number();
+        let range = PageRange {
+            first: PageIndex(first),
+            count,
+        };
+        self.send(
+            number,
+            &Request::Fault {
+                file: file.token,
+                generation,
+                range,
+                hint,
+            },
+        );
+        let mut flight = InFlight::new(file, generation, (first, count), waiter);
+        flight.tries = tries;
+        self.faults.insert(number, flight);
+    }
+
+    /// Hands granted refs to the worker. They stay in the table until it is done with them.
+    pub(super) fn granted_refs(
+        &mut self,
+        number: u64,
+        mut flight: InFlight,
+        range: PageRange,
+        DomId(granter): DomId,
+        refs: &[u8],
+    ) {
+        let first = range.first.0;
+        let granted = first..first.saturating_add(range.count.into());
+        let refs: Vec<u32> = refs
+            .chunks_exact(4)
+            .map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+            .collect();
+        // It may begin before what was asked for; what was not asked for is not looked at.
+        if !granted.contains(&flight.first) || refs.len() != range.count as usize {
+            let text = "granted, but not the page that was asked for, or without its references";
+            return self.refused(flight, &MmapError::Protocol(text.into()));
+        }
+        let skip = (flight.first - first) as usize;
+        let refs: Vec<u32> = refs
+            .into_iter()
+            .skip(skip)
+            .take(flight.count as usize)
+            .collect();
+        let mut mappings: Vec<Arc<Mapped>> = Vec::new();
+        for waiter in &flight.waiters {
+            if !mappings.iter().any(|m| Arc::ptr_eq(m, &waiter.mapped)) {
+                mappings.push(Arc::clone(&waiter.mapped));
+            }
+        }
+        // At most `flight.count`.
+        flight.mapping = Some((refs.len() as u32, mappings.clone()));
+        let job = MapJob {
+            number,
+            pages: Pages {
+                generation: flight.generation,
+                first: flight.first,
+                count: refs.len() as u64,
+            },
+            granter,
+            refs,
+            mappings,
+            spoiled: Arc::clone(&flight.spoiled),
+            crowded: flight.tries + 1 == MAP_TRIES_MAX,
+        };
+        self.faults.insert(number, flight);
+        let _ = self.shared.jobs.send(Job::Map(job));
+    }
+
+    /// The worker is done with a batch.
+    fn mapped(&mut self, number: u64, outcome: MapOutcome) {
+        let shared = Arc::clone(&self.shared);
+        let Ok(uffd) = &shared.uffd else { return };
+        let Some(mut flight) = self.faults.remove(number) else {
+            return;
+        };
+        let Some((count, mappings)) = flight.mapping.take() else {
+            return;
+        };
+        let end = flight.first + u64::from(count);
+        match outcome {
+            MapOutcome::Done => {
+                for waiter in flight.waiters {
+                    let here = mappings.iter().any(|m| Arc::ptr_eq(m, &waiter.mapped));
+                    if !here || waiter.page >= end {
+                        self.want(waiter);
+                        continue;
+                    }
+                    if waiter.write && waiter.mapped.kind() == MapKind::Private {
+                        // Missed or not: it is woken, and faults again if need be.
+                        let _ = waiter.mapped.store(uffd, waiter.page);
+                    }
+                    waiter.mapped.wake(uffd, waiter.page, 1);
+                    waiter.answer(Brought::Until(end));
+                }
+            }
+            MapOutcome::Spoiled => {
+                for waiter in flight.waiters {
+                    self.want(waiter);
+                }
+            }
+            MapOutcome::Failed(error) => {
+                flight.tries += 1;
+                tracing::debug!(%error, tries = flight.tries, "a batch of grants was not mapped");
+                if flight.tries >= MAP_TRIES_MAX {
+                    self.refused(flight, &error);
+                } else {
+                    self.ask_again(flight);
+                }
+            }
+        }
+    }
+
+    /// Sends a request once more, for the same pages.
+    fn ask_again(&mut self, mut flight: InFlight) {
+        let number = self.shared.session.number();
+        let range = PageRange {
+            first: PageIndex(flight.first),
+            count: flight.count,
+        };
+        self.send(
+            number,
+            &Request::Fault {
+                file: flight.file.token,
+                generation: flight.generation,
+                range,
+                hint: FaultHint::Random,
+            },
+        );
+        flight.spoiled = Arc::default();
+        self.faults.insert(number, flight);
+    }
+}
