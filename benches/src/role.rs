@@ -92,7 +92,7 @@ fn mount(args: &[OsString]) -> Result<()> {
     };
     let mounted = mount::mount(&mount::Options {
         target: mount::Target {
-            socket: PathBuf::from(socket),
+            daemon: copage_mmap::DaemonAt::Socket(PathBuf::from(socket)),
             connect: ConnectOptions::default(),
             export: export.to_string_lossy().into_owned(),
         },

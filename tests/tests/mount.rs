@@ -35,7 +35,7 @@ use std::time::Duration;
 
 fn target(daemon: &Daemon) -> Target {
     Target {
-        socket: daemon.socket(),
+        daemon: copage_mmap::DaemonAt::Socket(daemon.socket()),
         connect: ConnectOptions::default(),
         export: "export".into(),
     }

@@ -1,7 +1,8 @@
 //! Which daemon, and as whom.
 
 use anyhow::{Context, Result};
-use copage_mmap::{Client, ConnectOptions, Export};
+use copage_grants::xen::{Role, here};
+use copage_mmap::{Client, ConnectOptions, DaemonAt, Export};
 use std::io;
 use std::path::PathBuf;
 
@@ -15,6 +16,10 @@ pub struct Where {
     /// The daemon's guest socket [default: guest.sock in the run directory]
     #[arg(long, value_name = "PATH", conflicts_with = "run_dir")]
     pub socket: Option<PathBuf>,
+    /// Where the daemon is: `xen`, in the control domain of this Xen guest, or its guest socket
+    /// [default: the socket if there is one, in a Xen guest else xen]
+    #[arg(long, value_name = "xen|SOCKET", conflicts_with_all = ["run_dir", "socket"])]
+    pub connect: Option<PathBuf>,
     /// The guest's name, as access lists know it [default: what the daemon makes of your uid]
     #[arg(long = "as", value_name = "NAME")]
     pub name: Option<String>,
@@ -34,6 +39,21 @@ impl Where {
             .join("guest.sock")
     }
 
+    /// The daemon: by a socket, or, in a Xen guest without one, by the control channel.
+    pub fn daemon(&self) -> DaemonAt {
+        match &self.connect {
+            Some(place) if place.as_os_str() == "xen" => return DaemonAt::Xen,
+            Some(socket) => return DaemonAt::Socket(socket.clone()),
+            None => {}
+        }
+        let socket = self.socket();
+        let said = self.socket.is_some() || self.run_dir.is_some();
+        if !said && !socket.exists() && here().role == Role::Guest {
+            return DaemonAt::Xen;
+        }
+        DaemonAt::Socket(socket)
+    }
+
     /// What to tell the daemon of oneself. Commands read or mount and never map by the library, so
     /// they ask for no userfaultfd.
     pub fn options(&self) -> ConnectOptions {
@@ -45,19 +65,19 @@ impl Where {
 
     /// A session.
     pub fn connect(&self) -> Result<Client> {
-        let socket = self.socket();
-        Client::connect(&socket, &self.options()).map_err(|e| {
+        let daemon = self.daemon();
+        Client::connect_at(&daemon, &self.options()).map_err(|e| {
             let kind = io::Error::from_raw_os_error(e.errno()).kind();
             let down = matches!(
                 kind,
                 io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
             );
-            let hint = if down {
+            let hint = if down && daemon != DaemonAt::Xen {
                 "; is a daemon running? (`copage serve`; --run-dir says where another one is)"
             } else {
                 ""
             };
-            anyhow::anyhow!("cannot connect to {}: {e}{hint}", socket.display())
+            anyhow::anyhow!("cannot connect to {daemon}: {e}{hint}")
         })
     }
 

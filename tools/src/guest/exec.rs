@@ -3,6 +3,7 @@
 use super::Where;
 use anyhow::{Context, Result};
 use copage_grants::sys::SignalFd;
+use copage_mmap::DaemonAt;
 use copage_mmap::exec::text::TextReport;
 use copage_mmap::exec::{Command, Running, Search};
 use std::ffi::OsString;
@@ -78,6 +79,13 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         Ok(running) => running,
         Err(e) => {
             let status = e.exit_status();
+            if args.at.daemon() == DaemonAt::Xen {
+                eprintln!(
+                    "copage exec: in a Xen guest this version cannot run programs from shared frames; \
+                     mount the export and run them from there (copage mount {} DIR)",
+                    args.export
+                );
+            }
             eprintln!("copage exec: {:#}", anyhow::Error::from(e));
             return Ok(ExitCode::from(status));
         }

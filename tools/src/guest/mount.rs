@@ -76,7 +76,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let root = rustix::process::geteuid().is_root();
     let options = Options {
         target: Target {
-            socket: args.at.socket(),
+            daemon: args.at.daemon(),
             connect: args.at.options(),
             export: args.export.clone(),
         },

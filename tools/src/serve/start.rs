@@ -19,7 +19,7 @@ use copage_coherence::session::{SessionConfig, Sessions};
 use copage_grants::channel::{ChannelError, Listener};
 use copage_grants::local::{LocalBackend, LocalConfig};
 use copage_grants::sys::{self, SignalFd};
-use copage_grants::xen::XenError;
+use copage_grants::xen::{XenBackend, XenConfig, XenError};
 use copage_grants::{Backend, Epoch, GrantError, PAGE_SIZE_U64};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -240,8 +240,21 @@ fn local_backend(config: &Config) -> Result<Arc<dyn Backend>, ServeError> {
     }
 }
 
-fn xen_backend(_config: &Config) -> Result<Arc<dyn Backend>, ServeError> {
-    Err(ServeError::NoXen("the xen backend is not built yet".into()))
+fn xen_backend(config: &Config) -> Result<Arc<dyn Backend>, ServeError> {
+    let xen = XenConfig {
+        frames_max: config.frames_max(),
+        // Its range ends far below 2^32.
+        cache_domain_mib: config.xen.cache_domain_mib as u32,
+        run_dir: config.run_dir.clone(),
+        ..XenConfig::default()
+    };
+    match XenBackend::new(xen) {
+        Ok(backend) => Ok(Arc::new(backend)),
+        Err(source) => Err(ServeError::Backend {
+            name: "xen",
+            source,
+        }),
+    }
 }
 
 fn prepare(
