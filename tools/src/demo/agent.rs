@@ -4,6 +4,7 @@ use super::pattern::{self, PageContent};
 use super::proto::{Answer, Order, Watched};
 use anyhow::{Context, Result, bail};
 use copage_coherence::msg::OpenHow;
+use copage_grants::channel::Channel;
 use copage_grants::sys::PageMap;
 use copage_grants::volatile::VolatileBytes;
 use copage_grants::{PAGE_SIZE, PAGE_SIZE_U64};
@@ -11,7 +12,7 @@ use copage_mmap::native::NativeMapping;
 use copage_mmap::{Client, ConnectOptions, Export, MapOptions, Mapping};
 use std::collections::HashMap;
 use std::io::{BufRead, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -42,7 +43,7 @@ struct Watch {
 }
 
 struct Agent {
-    socket: PathBuf,
+    connect: String,
     name: String,
     client: Option<Client>,
     exports: HashMap<String, Export>,
@@ -51,9 +52,9 @@ struct Agent {
 }
 
 /// Serves orders until `Exit` or the end of the input.
-pub fn run(socket: &Path, name: &str) -> Result<()> {
+pub fn run(connect: &str, name: &str) -> Result<()> {
     let mut agent = Agent {
-        socket: socket.to_owned(),
+        connect: connect.to_owned(),
         name: name.to_owned(),
         client: None,
         exports: HashMap::new(),
@@ -88,6 +89,7 @@ impl Agent {
             Order::Watch { mapping, random } => self.watch(mapping, random),
             Order::Stop => self.stop(),
             Order::Read { mapping, page } => self.read(mapping, page),
+            Order::PageCache => page_cache(),
             Order::Unmap => {
                 self.views.clear();
                 Ok(Answer::Done)
@@ -97,7 +99,11 @@ impl Agent {
     }
 
     fn connect(&mut self) -> Result<Answer> {
-        let client = Client::connect(&self.socket, &ConnectOptions::named(&self.name))?;
+        let options = ConnectOptions::named(&self.name);
+        let client = match self.connect.as_str() {
+            "xen" => Client::connect_over(Channel::connect_xen()?, &options)?,
+            socket => Client::connect(Path::new(socket), &options)?,
+        };
         let domid = client.welcome().dom.0;
         self.client = Some(client);
         Ok(Answer::Connected { domid })
@@ -205,6 +211,15 @@ impl Agent {
             Err(_) => bail!("the watching thread panicked"),
         }
     }
+}
+
+/// What this kernel keeps of files, in bytes.
+fn page_cache() -> Result<Answer> {
+    let text = std::fs::read_to_string("/proc/meminfo").context("/proc/meminfo")?;
+    let cached = text.lines().find_map(|line| line.strip_prefix("Cached:"));
+    let kib = cached.and_then(|rest| rest.split_whitespace().next());
+    let kib: u64 = kib.context("/proc/meminfo: no Cached")?.parse()?;
+    Ok(Answer::PageCache { bytes: kib * 1024 })
 }
 
 /// Reads pages and checks every word of each until `stop`.

@@ -2,7 +2,9 @@
 //! measured while one watches.
 
 pub mod agent;
+pub mod cast;
 pub mod files;
+pub mod hypervisor;
 pub mod memory;
 pub mod pattern;
 pub mod proto;
@@ -13,6 +15,7 @@ pub mod scenario;
 pub mod stage;
 
 use anyhow::{Context, Result};
+use cast::{Cast, Part};
 use clap::Args;
 use proto::{Answer, Order};
 use report::{Report, mib};
@@ -20,11 +23,6 @@ use scenario::Scene;
 use stage::{DaemonProcess, Guest, ask_all};
 use std::path::PathBuf;
 use std::process::ExitCode;
-
-/// At most this much of the machine's files is shared, in bytes, and as many files.
-const FILES_BYTES_MAX: u64 = 96 << 20;
-/// The most files.
-const FILES_MAX: usize = 200;
 
 /// What `copage demo` takes.
 #[derive(Args, Clone, Debug)]
@@ -45,14 +43,17 @@ pub struct DemoArgs {
     /// One JSON document instead of lines.
     #[arg(long)]
     pub json: bool,
+    /// Guests of a hypervisor that somebody else has started: a file that says how to reach them.
+    #[arg(long, hide = true)]
+    pub cast: Option<PathBuf>,
 }
 
 /// What the hidden `copage demo-agent` takes: one guest of the demo.
 #[derive(Args, Clone, Debug)]
 pub struct AgentArgs {
-    /// The daemon's socket for guests.
+    /// The daemon's socket for guests; `xen`: over the ring of a Xen guest.
     #[arg(long)]
-    pub socket: PathBuf,
+    pub connect: String,
     /// The guest's name.
     #[arg(long)]
     pub name: String,
@@ -75,28 +76,23 @@ fn write_durably(path: &std::path::Path, bytes: &[u8]) -> std::io::Result<()> {
 
 /// Runs the hidden guest.
 pub fn run_agent(args: &AgentArgs) -> Result<ExitCode> {
-    agent::run(&args.socket, &args.name)?;
+    agent::run(&args.connect, &args.name)?;
     Ok(ExitCode::SUCCESS)
 }
 
 /// Runs the demo.
 pub fn run(args: &DemoArgs) -> Result<ExitCode> {
     let mut report = Report::new(args.json);
-    let uname = rustix::system::uname();
+    let cast = args.cast.as_deref().map(Cast::read).transpose()?;
+    let scale = cast.as_ref().map_or(cast::LOCAL, |_| cast::XEN);
+    let on = match &cast {
+        Some(cast) => on_hypervisor(cast),
+        None => on_this_machine(args.guests),
+    };
     report.line(
         "machine",
         true,
-        format!(
-            "local backend on Linux {}, {}: {} guests are processes, sharing {}",
-            uname.release().to_string_lossy(),
-            if rustix::process::geteuid().is_root() {
-                "as root"
-            } else {
-                "as an ordinary user"
-            },
-            args.guests,
-            args.dir.display()
-        ),
+        format!("{on}, sharing {}", args.dir.display()),
     );
     let dir = tempfile::Builder::new()
         .prefix("copage-demo-")
@@ -108,14 +104,20 @@ pub fn run(args: &DemoArgs) -> Result<ExitCode> {
             args.dir.display()
         )
     })?;
-    let files = files::choose(&root, FILES_BYTES_MAX, FILES_MAX)?;
+    let files = files::choose(&root, scale.files_bytes_max, scale.files_max)?;
     let scratch = dir.path().join("scratch");
     std::fs::create_dir(&scratch)?;
     let begin = std::time::Instant::now();
-    let daemon = DaemonProcess::start(dir.path(), &scenario::config(&root, &scratch))?;
-    let mut guests = (0..args.guests)
-        .map(|n| Guest::start(&daemon.guest_socket(), &format!("guest{}", n + 1)))
-        .collect::<Result<Vec<_>>>()?;
+    let domains = cast.as_ref().map(|cast| cast.guests.as_slice());
+    let config = scenario::config(&scale, &root, &scratch, domains);
+    let daemon = DaemonProcess::start(dir.path(), &config)?;
+    let parts = match cast {
+        Some(cast) => cast.guests,
+        None => (1..=args.guests)
+            .map(|n| Part::process(&daemon.guest_socket(), &format!("guest{n}")))
+            .collect::<Result<_>>()?,
+    };
+    let mut guests = parts.iter().map(Guest::start).collect::<Result<Vec<_>>>()?;
     let domids: Vec<_> = ask_all(&mut guests, &Order::Connect)?
         .into_iter()
         .map(|answer| match answer {
@@ -130,38 +132,71 @@ pub fn run(args: &DemoArgs) -> Result<ExitCode> {
             "one daemon and {} connected after {:.0} ms, frame budget {}",
             domids.join(" "),
             begin.elapsed().as_secs_f64() * 1e3,
-            mib(scenario::FRAMES_MIB << 20),
+            mib(scale.frames_mib << 20),
         ),
     );
     let mut scene = Scene {
         report: &mut report,
+        scale,
+        hypervisor: args.cast.is_some(),
         daemon: &daemon,
         guests,
         files: &files,
         scratch,
     };
-    let left = scene.share_files()?;
-    scene.memory(left)?;
-    scene.frame()?;
-    run_program::show(scene.report, &daemon, &root)?;
+    if scene.hypervisor {
+        let before = scene.guest_caches()?;
+        scene.share_files()?;
+        scene.memory_of_domains(&before)?;
+        scene.frame_of_domains()?;
+    } else {
+        let left = scene.share_files()?;
+        scene.memory(left)?;
+        scene.frame()?;
+        run_program::show(scene.report, &daemon, &root)?;
+    }
     scene.host_change()?;
     scene.deaths()?;
     scene.budget()?;
     scene.audit()?;
     let scratch = scene.scratch.clone();
+    let hypervisor = scene.hypervisor;
     drop(scene);
-    ratios::show(&mut report, &daemon.guest_socket(), &scratch)?;
-    report.note(&format!(
-        "\nNext:  copage serve --export usr={0} &      a daemon of your own\n       \
-         copage mount usr /mnt              ordinary programs open, map and run files from /mnt\n       \
-         copage exec usr bin/ls -l /        a program, its loader and its libraries off the share\n       \
-         copage pages usr:bin/ls; copage grants; copage audit; copage doctor",
-        root.display()
-    ));
+    if !hypervisor {
+        ratios::show(&mut report, &daemon.guest_socket(), &scratch)?;
+        report.note(&format!(
+            "\nNext:  copage serve --export usr={0} &      a daemon of your own\n       \
+             copage mount usr /mnt              ordinary programs open, map and run files from /mnt\n       \
+             copage exec usr bin/ls -l /        a program, its loader and its libraries off the share\n       \
+             copage pages usr:bin/ls; copage grants; copage audit; copage doctor",
+            root.display()
+        ));
+    }
     report.finish()?;
     Ok(if report.all_ok() {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
     })
+}
+
+fn on_this_machine(guests: u16) -> String {
+    format!(
+        "local backend on Linux {}, {}: {guests} guests are processes",
+        rustix::system::uname().release().to_string_lossy(),
+        if rustix::process::geteuid().is_root() {
+            "as root"
+        } else {
+            "as an ordinary user"
+        },
+    )
+}
+
+fn on_hypervisor(cast: &Cast) -> String {
+    let guests: Vec<_> = cast
+        .guests
+        .iter()
+        .map(|part| format!("{} ({})", part.name, part.kind))
+        .collect();
+    format!("{}: {}", cast.hypervisor, guests.join(", "))
 }

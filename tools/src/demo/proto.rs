@@ -1,5 +1,5 @@
 //! What the demo tells its guests and what they answer: one JSON document a line. On a hypervisor
-//! the same lines go over the guest's console; the scenario does not know the difference.
+//! the same lines go through a pipe into the guest; the scenario does not know the difference.
 
 use serde::{Deserialize, Serialize};
 
@@ -46,6 +46,8 @@ pub enum Order {
         /// Which page.
         page: u64,
     },
+    /// How much the kernel's page cache holds.
+    PageCache,
     /// Unmap everything and keep the session.
     Unmap,
     /// End.
@@ -75,6 +77,11 @@ pub enum Answer {
     Frame {
         /// 0 means: not told.
         pfn: u64,
+    },
+    /// What the kernel's page cache holds.
+    PageCache {
+        /// In bytes, as /proc/meminfo says.
+        bytes: u64,
     },
     /// What `Watch` saw.
     Watched(Watched),

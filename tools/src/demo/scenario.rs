@@ -1,5 +1,6 @@
 //! What the demo shows, a line a step. Every figure is measured while it runs.
 
+use super::cast::{Part, Scale};
 use super::files::Chosen;
 use super::memory::{own_bytes, page_cache_bytes};
 use super::pattern;
@@ -9,24 +10,21 @@ use super::stage::{DaemonProcess, Guest, ask_all, wait_until};
 use crate::serve::admin_types::{AdminReply, AdminRequest, StatsEntry};
 use anyhow::{Context, Result, bail};
 use copage_grants::PAGE_SIZE_U64;
-use rustix::process::Signal;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// The session lease during the demo, in ms: short, so that an expiry can be watched.
-pub const LEASE_TTL_MS: u32 = 2000;
-/// The frame budget to begin with, in MiB.
-pub const FRAMES_MIB: u64 = 256;
-/// The pattern file that is changed on the host, in pages (8 MiB).
-const CHANGED_PAGES: u64 = 2048;
-/// The pattern file that is read at random while the budget shrinks, in pages (64 MiB).
-const LOAD_PAGES: u64 = 16_384;
+/// How long a thing may take that should take no time.
+const SOON: Duration = Duration::from_secs(5);
 
 /// What the steps share.
 pub struct Scene<'a> {
     /// The screen.
     pub report: &'a mut Report,
+    /// How large it is.
+    pub scale: Scale,
+    /// The guests are domains of a hypervisor.
+    pub hypervisor: bool,
     /// The daemon.
     pub daemon: &'a DaemonProcess,
     /// The guests, connected.
@@ -38,7 +36,7 @@ pub struct Scene<'a> {
 }
 
 impl Scene<'_> {
-    fn stats(&self) -> Result<StatsEntry> {
+    pub(super) fn stats(&self) -> Result<StatsEntry> {
         match self.daemon.ask(&AdminRequest::Stats)? {
             AdminReply::Stats(stats) => Ok(stats),
             other => bail!("stats was answered by {other:?}"),
@@ -119,7 +117,7 @@ impl Scene<'_> {
         let left = left_in_page_cache.unwrap_or(0);
         let socket = self.daemon.guest_socket();
         let mut native = (0..guests)
-            .map(|n| Guest::start(&socket, &format!("native{}", n + 1)))
+            .map(|n| Guest::start(&Part::process(&socket, &format!("native{}", n + 1))?))
             .collect::<Result<Vec<_>>>()?;
         let paths = self
             .files
@@ -206,7 +204,7 @@ impl Scene<'_> {
     /// A file is rewritten on the host under guests that read it all the time.
     pub fn host_change(&mut self) -> Result<()> {
         let path = self.scratch.join("changed");
-        std::fs::write(&path, pattern::file(CHANGED_PAGES, 1))?;
+        std::fs::write(&path, pattern::file(self.scale.changed_pages, 1))?;
         let mapping = self.files.len();
         let order = Order::Map {
             export: "scratch".into(),
@@ -220,12 +218,12 @@ impl Scene<'_> {
                 random: false,
             },
         )?;
-        std::thread::sleep(Duration::from_millis(200));
+        std::thread::sleep(Duration::from_millis(self.scale.watch_ms / 3));
         let file = std::fs::File::options().write(true).open(&path)?;
-        file.write_all_at(&pattern::file(CHANGED_PAGES, 2), 0)?;
+        file.write_all_at(&pattern::file(self.scale.changed_pages, 2), 0)?;
         drop(file);
         let written_ns = super::monotonic_ns();
-        std::thread::sleep(Duration::from_millis(700));
+        std::thread::sleep(Duration::from_millis(self.scale.watch_ms));
         let seen = watched(ask_all(&mut self.guests, &Order::Stop)?)?;
         let pages: u64 = seen.iter().map(|watched| watched.pages).sum();
         let wrong: u64 = seen
@@ -239,15 +237,20 @@ impl Scene<'_> {
             .map(|watched| watched.newest_seen_ns)
             .max()
             .unwrap_or(0);
-        let delay_ms = last_ns.saturating_sub(written_ns) as f64 / 1e6;
+        // The guests' clocks are the host's only where they are its processes.
+        let delay = if self.hypervisor {
+            String::new()
+        } else {
+            let delay_ms = last_ns.saturating_sub(written_ns) as f64 / 1e6;
+            format!(", the last {delay_ms:.1} ms after the write")
+        };
         self.report.line(
             "change",
             wrong == 0 && all_new,
             format!(
-                "{} rewritten on the host under {} readers: version 2 seen by {}, the last {delay_ms:.1} ms \
-                 after the write; {pages} pages checked, {wrong} torn or old again ({crossed} replaced \
-                 while being copied)",
-                mib(CHANGED_PAGES * PAGE_SIZE_U64),
+                "{} rewritten on the host under {} readers: version 2 seen by {}{delay}; {pages} pages \
+                 checked, {wrong} torn or old again ({crossed} replaced while being copied)",
+                mib(self.scale.changed_pages * PAGE_SIZE_U64),
                 seen.len(),
                 if all_new { "all" } else { "NOT all" },
             ),
@@ -260,10 +263,8 @@ impl Scene<'_> {
         let victim = self.guests.pop().context("a guest to kill")?;
         let name = format!("guest{}", self.guests.len() + 1);
         let had = self.grants_of(&name)?.unwrap_or(0);
-        victim.signal(Signal::KILL)?;
-        let gone = wait_until(Duration::from_secs(5), || {
-            Ok(self.grants_of(&name)?.is_none())
-        })?;
+        victim.kill()?;
+        let gone = wait_until(SOON, || Ok(self.grants_of(&name)?.is_none()))?;
         self.report.line(
             "kill -9",
             gone.is_some() && had > 0,
@@ -278,10 +279,10 @@ impl Scene<'_> {
         let mut sleeper = self.guests.pop().context("a guest to stop")?;
         let name = format!("guest{}", self.guests.len() + 1);
         let had = self.grants_of(&name)?.unwrap_or(0);
-        sleeper.signal(Signal::STOP)?;
-        let limit = Duration::from_millis(u64::from(LEASE_TTL_MS) * 3);
+        sleeper.stop()?;
+        let limit = Duration::from_millis(u64::from(self.scale.lease_ttl_ms) * 3);
         let gone = wait_until(limit, || Ok(self.grants_of(&name)?.is_none()))?;
-        sleeper.signal(Signal::CONT)?;
+        sleeper.resume()?;
         let refused = matches!(
             sleeper.ask(&Order::Read {
                 mapping: self.files.len(),
@@ -295,7 +296,7 @@ impl Scene<'_> {
             format!(
                 "{name}: fenced {} (lease {:.1} s), its {had} grants drained; resumed, its old pages are {}",
                 gone.map_or("NOT in time".into(), |took| format!("after {:.1} s", took.as_secs_f64())),
-                f64::from(LEASE_TTL_MS) / 1e3,
+                f64::from(self.scale.lease_ttl_ms) / 1e3,
                 if refused { "refused (SIGBUS)" } else { "STILL READABLE" },
             ),
         );
@@ -305,7 +306,7 @@ impl Scene<'_> {
     /// The budget is cut to half of what the guests read at random.
     pub fn budget(&mut self) -> Result<()> {
         let path = self.scratch.join("load");
-        super::write_durably(&path, &pattern::file(LOAD_PAGES, 1))?;
+        super::write_durably(&path, &pattern::file(self.scale.load_pages, 1))?;
         ask_all(&mut self.guests, &Order::Unmap)?;
         let order = Order::Map {
             export: "scratch".into(),
@@ -313,10 +314,10 @@ impl Scene<'_> {
         };
         ask_all(&mut self.guests, &order)?;
         self.daemon.ask(&AdminRequest::Drop)?;
-        let set = LOAD_PAGES * PAGE_SIZE_U64;
+        let set = self.scale.load_pages * PAGE_SIZE_U64;
         // Once through, so that the first figure is of warm pages.
         ask_all(&mut self.guests, &Order::Checksum)?;
-        let full = self.watch_for(Duration::from_millis(700))?;
+        let full = self.watch_for(Duration::from_millis(self.scale.watch_ms))?;
         let half_mib = set / 2 / (1 << 20);
         ask_all(
             &mut self.guests,
@@ -329,16 +330,16 @@ impl Scene<'_> {
         self.daemon.ask(&AdminRequest::SetBudget {
             frames_mib: half_mib,
         })?;
-        let within = wait_until(Duration::from_secs(5), || {
+        let within = wait_until(SOON, || {
             Ok(self.stats()?.frames_used * PAGE_SIZE_U64 <= set / 2)
         })?;
         let took = begin.elapsed();
-        std::thread::sleep(Duration::from_millis(300));
+        std::thread::sleep(Duration::from_millis(self.scale.watch_ms / 2));
         let during = watched(ask_all(&mut self.guests, &Order::Stop)?)?;
-        let half = self.watch_for(Duration::from_millis(1000))?;
+        let half = self.watch_for(Duration::from_millis(self.scale.watch_ms))?;
         let used = self.stats()?.frames_used * PAGE_SIZE_U64;
         self.daemon.ask(&AdminRequest::SetBudget {
-            frames_mib: FRAMES_MIB,
+            frames_mib: self.scale.frames_mib,
         })?;
         let wrong: u64 = [&full, &during, &half]
             .into_iter()
@@ -415,21 +416,28 @@ fn rate(watched: &[Watched]) -> f64 {
         .sum()
 }
 
-/// The configuration of the demo's daemon.
-pub fn config(demo: &Path, scratch: &Path) -> String {
-    let export = |name: &str, path: &Path| {
-        // TOML's basic strings take a path when quotes and backslashes are escaped.
-        let path = path
-            .to_string_lossy()
-            .replace('\\', "\\\\")
-            .replace('"', "\\\"");
-        format!(
-            "[[export]]\nname = \"{name}\"\npath = \"{path}\"\nmode = \"ro\"\nallow = [\"*\"]\n\n"
-        )
-    };
-    format!(
-        "frames_mib = {FRAMES_MIB}\nlease_ttl_ms = {LEASE_TTL_MS}\ninvalidate_deadline_ms = {LEASE_TTL_MS}\n\n{}{}",
-        export("demo", demo),
-        export("scratch", scratch),
-    )
+/// The configuration of the demo's daemon. `domains`: the hypervisor's guests, by name.
+pub fn config(scale: &Scale, demo: &Path, scratch: &Path, domains: Option<&[Part]>) -> String {
+    // TOML's basic strings take a path when quotes and backslashes are escaped.
+    let quoted = |text: &str| format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\""));
+    let mut text = format!(
+        "backend = \"{}\"\nframes_mib = {}\nlease_ttl_ms = {2}\ninvalidate_deadline_ms = {2}\n\n",
+        if domains.is_some() { "xen" } else { "local" },
+        scale.frames_mib,
+        scale.lease_ttl_ms
+    );
+    if domains.is_some() {
+        text.push_str("[xen]\ncache_domain_mib = 64\n\n");
+    }
+    for part in domains.unwrap_or_default() {
+        let name = quoted(&part.name);
+        text.push_str(&format!("[[guest]]\nname = {name}\ndomain = {name}\n\n"));
+    }
+    for (name, path) in [("demo", demo), ("scratch", scratch)] {
+        let path = quoted(&path.to_string_lossy());
+        text.push_str(&format!(
+            "[[export]]\nname = \"{name}\"\npath = {path}\nmode = \"ro\"\nallow = [\"*\"]\n\n"
+        ));
+    }
+    text
 }

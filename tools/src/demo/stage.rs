@@ -1,8 +1,10 @@
 //! The demo's processes: a daemon on a private socket and guests that take orders.
 
+use super::cast::Part;
 use super::proto::{Answer, Order};
 use crate::serve::admin_types::{AdminReply, AdminRequest};
 use anyhow::{Context, Result, bail};
+use rustix::process::Signal;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::os::unix::process::ExitStatusExt;
@@ -11,7 +13,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// How long the daemon may take until it says READY.
-const READY_MAX: Duration = Duration::from_secs(10);
+const READY_MAX: Duration = Duration::from_secs(60);
 
 /// The daemon.
 pub struct DaemonProcess {
@@ -89,35 +91,37 @@ impl Drop for DaemonProcess {
     }
 }
 
-/// One guest.
+/// One guest: its agent's process here, or the pipe to it.
 pub struct Guest {
-    name: String,
+    part: Part,
     child: Child,
     orders: ChildStdin,
     answers: BufReader<ChildStdout>,
 }
 
 impl Guest {
-    /// Starts a guest process; it connects when ordered to.
-    pub fn start(socket: &Path, name: &str) -> Result<Self> {
-        let mut child = Command::new(std::env::current_exe()?)
-            .arg("demo-agent")
-            .arg("--socket")
-            .arg(socket)
-            .arg("--name")
-            .arg(name)
+    /// Starts a guest's agent; it connects when ordered to.
+    pub fn start(part: &Part) -> Result<Self> {
+        let (program, words) = part.agent.split_first().context("a guest without agent")?;
+        let mut child = Command::new(program)
+            .args(words)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
-            .context("start a guest")?;
+            .with_context(|| format!("start {}", part.name))?;
         let orders = child.stdin.take().context("the guest's input")?;
         let answers = BufReader::new(child.stdout.take().context("the guest's output")?);
         Ok(Self {
-            name: name.to_owned(),
+            part: part.clone(),
             child,
             orders,
             answers,
         })
+    }
+
+    /// What it is.
+    pub fn part(&self) -> &Part {
+        &self.part
     }
 
     /// Its process.
@@ -132,7 +136,7 @@ impl Guest {
             let status = self.child.wait()?;
             bail!(
                 "{} did not take the order {line}: {error}; it ended: {status}",
-                self.name
+                self.part.name
             )
         })
     }
@@ -142,15 +146,17 @@ impl Guest {
         let mut line = String::new();
         if self.answers.read_line(&mut line)? == 0 {
             let status = self.child.wait()?;
-            if let Some(signal) = status.signal() {
+            // A pipe ends as a shell says that a program did.
+            let piped = status.code().and_then(|code| code.checked_sub(128));
+            if let Some(signal) = status.signal().or(piped.filter(|signal| *signal > 0)) {
                 return Ok(Answer::Refused {
                     why: format!("killed by signal {signal}"),
                 });
             }
-            bail!("{} ended: {status}", self.name);
+            bail!("{} ended: {status}", self.part.name);
         }
         match serde_json::from_str(&line)? {
-            Answer::Failed { why } => bail!("{}: {why}", self.name),
+            Answer::Failed { why } => bail!("{}: {why}", self.part.name),
             answer => Ok(answer),
         }
     }
@@ -161,13 +167,36 @@ impl Guest {
         self.answer()
     }
 
-    /// Sends a signal.
-    pub fn signal(&self, signal: rustix::process::Signal) -> Result<()> {
-        let pid = i32::try_from(self.pid())
-            .ok()
-            .and_then(rustix::process::Pid::from_raw);
-        rustix::process::kill_process(pid.context("a pid")?, signal)
-            .with_context(|| format!("signal {}", self.name))
+    /// Ends it at once.
+    pub fn kill(&self) -> Result<()> {
+        self.control(&self.part.kill, Signal::KILL)
+    }
+
+    /// Stops it where it is.
+    pub fn stop(&self) -> Result<()> {
+        self.control(&self.part.stop, Signal::STOP)
+    }
+
+    /// Lets it go on.
+    pub fn resume(&self) -> Result<()> {
+        self.control(&self.part.resume, Signal::CONT)
+    }
+
+    fn control(&self, words: &[String], signal: Signal) -> Result<()> {
+        let Some((program, words)) = words.split_first() else {
+            let pid = i32::try_from(self.pid())
+                .ok()
+                .and_then(rustix::process::Pid::from_raw);
+            return rustix::process::kill_process(pid.context("a pid")?, signal)
+                .with_context(|| format!("signal {}", self.part.name));
+        };
+        let status = Command::new(program)
+            .args(words)
+            .stdout(Stdio::null())
+            .status()
+            .with_context(|| program.clone())?;
+        anyhow::ensure!(status.success(), "{program} {words:?}: {status}");
+        Ok(())
     }
 }
 
