@@ -132,8 +132,15 @@ impl fmt::Debug for Client {
 impl Client {
     /// Begins a session with the daemon that listens at `socket`.
     pub fn connect(socket: &Path, options: &ConnectOptions) -> Result<Self> {
-        let device = crate::granted::kernel_device();
-        let shared = crate::connect::connect(socket, options, device)?;
+        Self::connect_over(crate::connect::channel_to(socket)?, options)
+    }
+
+    fn begin(
+        channel: Channel,
+        options: &ConnectOptions,
+        device: crate::granted::Opener,
+    ) -> Result<Self> {
+        let shared = crate::connect::begin(channel, options, device)?;
         Ok(Self {
             handle: Arc::new(ClientHandle { shared }),
         })
@@ -141,11 +148,7 @@ impl Client {
 
     /// Begins a session over a channel: in a Xen guest, [`Channel::connect_xen`]'s.
     pub fn connect_over(channel: Channel, options: &ConnectOptions) -> Result<Self> {
-        let device = crate::granted::kernel_device();
-        let shared = crate::connect::begin(channel, options, device)?;
-        Ok(Self {
-            handle: Arc::new(ClientHandle { shared }),
-        })
+        Self::begin(channel, options, crate::granted::kernel_device())
     }
 
     /// Begins a session with a daemon wherever it is.
@@ -166,11 +169,8 @@ impl Client {
         options: &ConnectOptions,
         device: Arc<dyn crate::granted::device::Device>,
     ) -> Result<Self> {
-        let opener: crate::granted::Opener = Box::new(move || Ok(Arc::clone(&device)));
-        let shared = crate::connect::connect(socket, options, opener)?;
-        Ok(Self {
-            handle: Arc::new(ClientHandle { shared }),
-        })
+        let channel = crate::connect::channel_to(socket)?;
+        Self::begin(channel, options, Box::new(move || Ok(Arc::clone(&device))))
     }
 
     pub(crate) fn shared(&self) -> &Arc<Shared> {

@@ -67,18 +67,17 @@ fn first_message(channel: &Channel, buf: &mut [u8]) -> Result<Received> {
     }
 }
 
-/// Begins a session with the daemon that listens at `socket`.
-pub(crate) fn connect(
-    socket: &Path,
-    options: &ConnectOptions,
-    opener: Opener,
-) -> Result<Arc<Shared>> {
-    let channel = Channel::connect(socket).map_err(|e| channel_error(&e))?;
-    begin(channel, options, opener)
+/// To the daemon that listens at `socket`.
+pub(crate) fn channel_to(socket: &Path) -> Result<Channel> {
+    Channel::connect(socket).map_err(|e| channel_error(&e))
 }
 
 /// Says Hello and starts the session's two threads.
-pub(crate) fn begin(channel: Channel, options: &ConnectOptions, opener: Opener) -> Result<Arc<Shared>> {
+pub(crate) fn begin(
+    channel: Channel,
+    options: &ConnectOptions,
+    opener: Opener,
+) -> Result<Arc<Shared>> {
     let sys = |call| move |e: io::Error| MmapError::sys(call, &e);
     let wake = EventFd::new().map_err(sys("eventfd"))?;
     let empty = empty_file().map_err(sys("memfd_create"))?;

@@ -496,6 +496,16 @@ impl Drop for Mapping {
             self.mapped.abandon();
             return;
         }
+        if self.mapped.is_granted() {
+            // Unmapped before it leaves the table: what is asked back is looked for there, and must
+            // not be acked while it is mapped.
+            if self.mapped.try_unmap(shared) {
+                shared.space.lock().remove(&self.mapped);
+            } else {
+                let _ = shared.jobs.send(Job::Unmap(Arc::clone(&self.mapped)));
+            }
+            return;
+        }
         shared.space.lock().remove(&self.mapped);
         if !self.mapped.try_unmap(shared) {
             // Somebody is replacing its pages: the worker unmaps it when that is done.

@@ -248,6 +248,8 @@ impl Session {
             if outbound.is_empty() {
                 match self.channel.try_send(bytes, None) {
                     Err(ChannelError::WouldBlock) => {}
+                    // The pager waits for room for the rest.
+                    Ok(()) if self.channel.has_rest() => return self.wake.signal(),
                     // Broken: the pager sees the hang-up and ends the session.
                     Ok(()) | Err(_) => return,
                 }
@@ -264,6 +266,10 @@ impl Session {
     /// Sends what is queued as far as the socket takes it. `true`: more is queued.
     pub(crate) fn flush(&self) -> bool {
         let mut outbound = self.outbound.lock();
+        if self.channel.has_rest() && matches!(self.channel.flush(), Err(ChannelError::WouldBlock))
+        {
+            return true;
+        }
         while let Some(bytes) = outbound.front() {
             if matches!(
                 self.channel.try_send(bytes, None),

@@ -43,12 +43,33 @@ impl Pager {
                         self.shared.session.post(&Request::Ack { recall });
                     }
                 }
-                Told::GivenBack { file, pages } => {
-                    for part in self.faults.quiet_parts(&pages) {
-                        self.say_unmapped(&file, &pages, part);
-                    }
-                }
+                Told::GivenBack { file, pages } => self.given_back.push((file, pages)),
             }
+        }
+    }
+
+    /// Says what was given back, but for what is on its way: that is said when it has come.
+    pub(super) fn say_given_back(&mut self) {
+        for (file, pages) in std::mem::take(&mut self.given_back) {
+            let mut at = pages.first;
+            let keep = |from: u64, until: u64, kept: &mut Vec<_>| {
+                if from < until {
+                    let rest = Pages {
+                        first: from,
+                        count: until - from,
+                        ..pages
+                    };
+                    kept.push((Arc::clone(&file), rest));
+                }
+            };
+            let mut kept = Vec::new();
+            for part in self.faults.quiet_parts(&pages) {
+                keep(at, part.start, &mut kept);
+                at = part.end;
+                self.say_unmapped(&file, &pages, part);
+            }
+            keep(at, pages.end(), &mut kept);
+            self.given_back.append(&mut kept);
         }
     }
 

@@ -11,7 +11,8 @@ pub(crate) mod space;
 pub(crate) mod worker;
 
 use crate::error::LostWhy;
-use crate::granted::Told;
+use crate::file::FileInner;
+use crate::granted::{Pages, Told};
 use crate::limits::IN_FLIGHT_MAX;
 use crate::quiet::Quiet;
 use crate::session::Shared;
@@ -54,6 +55,8 @@ pub(crate) struct Pager {
     outgoing: Vec<u8>,
     /// What other threads have to say.
     told: Receiver<Told>,
+    /// What was given back and was not said yet: it is on its way again.
+    given_back: Vec<(Arc<FileInner>, Pages)>,
     /// The loss has been handed to the worker.
     ending: bool,
     finished: Arc<AtomicBool>,
@@ -81,6 +84,7 @@ impl Pager {
             inbound: vec![0; MESSAGE_BYTES_MAX],
             outgoing: Vec::new(),
             told,
+            given_back: Vec::new(),
             ending: false,
             finished,
         }
@@ -102,15 +106,24 @@ impl Pager {
     fn turn(&mut self) {
         let shared = Arc::clone(&self.shared);
         let session = &shared.session;
-        let out = if session.has_outbound() {
-            PollFlags::OUT
-        } else {
-            PollFlags::empty()
-        };
-        let mut fds = Vec::with_capacity(3);
+        let channel = &session.channel;
+        let out = !self.ending && (session.has_outbound() || channel.has_rest());
+        let mut fds = Vec::with_capacity(4);
         fds.push(PollFd::new(&session.wake, PollFlags::IN));
         if !self.ending {
-            fds.push(PollFd::new(&session.channel, PollFlags::IN | out));
+            let room = if out && channel.carries_descriptors() {
+                PollFlags::OUT
+            } else {
+                PollFlags::empty()
+            };
+            fds.push(PollFd::from_borrowed_fd(
+                channel.read_fd(),
+                PollFlags::IN | room,
+            ));
+        }
+        // A ring has an event channel for each direction.
+        if out && !channel.carries_descriptors() {
+            fds.push(PollFd::from_borrowed_fd(channel.write_fd(), PollFlags::IN));
         }
         // With too many requests under way the faults wait in the kernel.
         let uffd = shared
@@ -143,6 +156,7 @@ impl Pager {
         if faulted {
             self.events();
         }
+        self.say_given_back();
         if !self.ending {
             session.flush();
             if session.is_closing() {
@@ -207,6 +221,7 @@ impl Pager {
         }
         self.shared.session.lose(why);
         self.faults.clear();
+        self.given_back.clear();
         // The worker lives as long as this thread.
         let _ = self.shared.jobs.send(Job::Lost);
     }

@@ -133,7 +133,11 @@ fn work(shared: &Shared, job: Job) {
             file_page,
             bytes,
         } => mapped.restore(shared, file_page, bytes),
-        Job::Unmap(mapped) => mapped.unmap(shared),
+        Job::Unmap(mapped) => {
+            mapped.unmap(shared);
+            // Granted ones are there still; of others it does nothing.
+            shared.space.lock().remove(&mapped);
+        }
         // The end of `run`'s loop.
         Job::Lost => {}
     }

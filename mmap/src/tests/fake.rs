@@ -502,6 +502,10 @@ impl State {
                 None,
             ));
         }
+        if first >= end {
+            let (errno, text): (_, &[u8]) = (libc::EINVAL, b"past the end of the file");
+            return Some((Reply::Error { errno, text }, None));
+        }
         if let Some(standin) = &self.standin {
             let refs = standin.grant(self.newest, first, (end - first) as usize);
             let bytes: Vec<u8> = refs.iter().flat_map(|r| r.to_le_bytes()).collect();
