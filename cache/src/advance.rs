@@ -179,6 +179,7 @@ impl Cache {
         }
         self.cut_scratch(inner);
         let count = inner.scratch.0.len() as u32;
+        inner.wants_again(waiter.who.dom, first.into(), count);
         let result = match self.grant_scratch(inner, waiter.who) {
             Ok(()) => Ok(FaultDone::Granted {
                 generation,

@@ -81,7 +81,14 @@ impl Cache {
                 .for_each(|h| pins.add(h));
             self.audit_file(&file, &mut inner, &mut seen, &mut report);
         }
+        // Frames of an earlier life are in no index.
+        let left = self.left_over.lock();
         let table = self.frames.lock();
+        for frame in &left.frames {
+            if table.state(*frame) != FrameState::Quarantined || !seen.insert(*frame) {
+                report.differs(format!("{frame:?}, mapped of old, is in use"));
+            }
+        }
         if table.pin_moves == pin_moves {
             pins.compare(&table, &mut report);
         }
@@ -200,7 +207,7 @@ impl Cache {
             FrameState::Free | FrameState::Filling => false,
             FrameState::Evicting => true,
             FrameState::Recalling => true,
-            FrameState::Quarantined => !is_live,
+            FrameState::Quarantined => !is_live || home.recalling > 0,
             FrameState::Held => is_live && home.holds_frames(),
             FrameState::Granted => granted,
             FrameState::Small | FrameState::Main => !granted,

@@ -8,6 +8,7 @@ use crate::file::{CachedFile, FileId, FileKey};
 use crate::fill::{Buffer, Job};
 use crate::frames::FrameTable;
 use crate::host::Watches;
+use crate::left_over::LeftOver;
 use crate::limits::{META_THREADS, META_WAITING_MAX};
 use crate::meta::MetaOp;
 use crate::pool::Pool;
@@ -30,6 +31,8 @@ pub struct Cache {
     pub(crate) backend: Arc<dyn Backend>,
     /// The backend takes pages back without asking.
     pub(crate) force: bool,
+    /// Guests get descriptors of whole homes; else entries, one a page, for themselves alone.
+    pub(crate) descriptors: bool,
     pub(crate) config: CacheConfig,
     pub(crate) events: EventSink,
     pub(crate) exports: Exports,
@@ -53,6 +56,7 @@ pub struct Cache {
     /// Files by the descriptor that carries their lease.
     pub(crate) leases: Mutex<HashMap<RawFd, Weak<CachedFile>>>,
     pub(crate) watches: Watches,
+    pub(crate) left_over: Mutex<LeftOver>,
     pub(crate) counters: Counters,
     pub(crate) refilling: AtomicBool,
     next_file: AtomicU64,
@@ -72,6 +76,7 @@ impl Cache {
         let cache = Arc::new_cyclic(|me| Self {
             me: me.clone(),
             force: backend.capabilities().forced_revoke,
+            descriptors: backend.capabilities().descriptors,
             backend,
             frames: Mutex::new(FrameTable::new(config.frames_max)),
             config,
@@ -90,12 +95,14 @@ impl Cache {
             guests: Mutex::default(),
             leases: Mutex::default(),
             watches,
+            left_over: Mutex::default(),
             counters: Counters::default(),
             refilling: AtomicBool::new(false),
             next_file: AtomicU64::new(1),
             next_version: AtomicU32::new(1),
             next_idle: AtomicU64::new(1),
         });
+        cache.find_left_over();
         for n in 0..META_THREADS {
             let weak = cache.me.clone();
             cache

@@ -75,6 +75,9 @@ pub enum CacheError {
         /// The budget.
         frames_max: u32,
     },
+    /// Guests get no descriptors here that map a whole file; open it through the page cache.
+    #[error("nothing is pinned here: guests map page by page")]
+    PinNoDescriptor,
     /// The file changed each time it was read for a pinned open.
     #[error("the file keeps changing on the host")]
     Changing,
@@ -139,6 +142,7 @@ impl CacheError {
             Self::PinTooLarge { .. } => libc::EFBIG,
             Self::PinOverLimit { .. } | Self::FramesOverLimit { .. } => libc::EDQUOT,
             Self::PinNoRoom { .. } | Self::NoFrames => libc::ENOMEM,
+            Self::PinNoDescriptor => libc::EOPNOTSUPP,
             Self::Changing | Self::Busy(_) => libc::EAGAIN,
             Self::Stopped | Self::SessionEnded => libc::ESHUTDOWN,
             Self::Grant(e) => e.errno(),
@@ -149,6 +153,7 @@ impl CacheError {
     pub fn is_pin_refusal(&self) -> bool {
         match self {
             Self::PinTooLarge { .. } | Self::PinOverLimit { .. } | Self::PinNoRoom { .. } => true,
+            Self::PinNoDescriptor => true,
             Self::Changing | Self::NoFrames | Self::FramesOverLimit { .. } => true,
             Self::Grant(e) => matches!(
                 **e,

@@ -137,6 +137,7 @@ impl Cache {
         }
         self.cut_scratch(inner);
         let count = inner.scratch.0.len() as u32;
+        inner.wants_again(who.dom, first.0, count);
         self.grant_scratch(inner, who)?;
         let grants = self.granted_refs(inner);
         if hint == FaultHint::Sequential {

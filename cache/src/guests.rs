@@ -4,9 +4,9 @@ use crate::cache::{Cache, now_ms};
 use crate::config::{GuestId, GuestLimits, Holder};
 use crate::error::CacheError;
 use crate::events::{RecallEnd, RecallReason};
-use crate::file::{CachedFile, Home, Inner, each_run};
+use crate::file::{CachedFile, Home, Inner, Unmapping, each_run};
 use crate::frames::FrameState;
-use crate::limits::HUGE_PAGES;
+use crate::limits::{DRAIN_POLL_MS_MAX, HUGE_PAGES, UNMAPPING_MAX};
 use copage_grants::{DomId, FrameNo, PageIndex, Revocation};
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -99,6 +99,10 @@ impl Cache {
 
     /// Tries again for domains that closed the file and had it mapped still.
     pub(crate) fn retry_lingering(&self, inner: &mut Inner) {
+        // Who opened it again meanwhile may map what it is granted.
+        let mut lingering = std::mem::take(&mut inner.lingering);
+        lingering.retain(|dom| !inner.may_hold_grants(*dom));
+        inner.lingering = lingering;
         for dom in inner.lingering.clone() {
             self.revoke_all_of(inner, dom);
         }
@@ -272,7 +276,31 @@ impl Cache {
             .map(|(_, f)| f)
             .collect();
         self.backend.note_unmapped(who.dom, &frames);
-        self.revoke_from(who.dom, &frames);
+        if !self.revoke_from(who.dom, &frames) && inner.unmapping.len() < UNMAPPING_MAX {
+            inner.unmapping.push(Unmapping {
+                dom: who.dom,
+                generation,
+                first,
+                count,
+                until_ms: now_ms() + u64::from(self.config.recall_deadline_ms),
+            });
+            self.look_at(file, &inner);
+        }
+    }
+
+    /// Looks again at entries that showed a mapping when their guest said that it had unmapped. In vain
+    /// where it maps the page a second time.
+    pub(crate) fn retry_unmapping(&self, inner: &mut Inner, now_ms: u64) {
+        for range in std::mem::take(&mut inner.unmapping) {
+            let Some(home) = inner.home_of(range.generation) else {
+                continue;
+            };
+            let pages = Self::frames_in(home, range.first, range.count);
+            let frames: Vec<_> = pages.into_iter().map(|(_, frame)| frame).collect();
+            if !self.revoke_from(range.dom, &frames) && now_ms < range.until_ms {
+                inner.unmapping.push(range);
+            }
+        }
     }
 
     /// A recall of a range has ended for `dom`: what nobody holds any more is given back.
@@ -291,12 +319,14 @@ impl Cache {
         if let Some(home) = inner.home_of(generation) {
             let pages = Self::frames_in(home, first, count);
             let frames: Vec<_> = pages.iter().map(|(_, f)| *f).collect();
-            // The answer is only a hint to look: whether it let go, the table says.
-            if end == RecallEnd::Acked {
-                self.revoke_from(dom, &frames);
-            }
+            // The answer is only a hint to look: whether it let go, the table says, perhaps later.
+            let gone = end != RecallEnd::Acked || self.revoke_from(dom, &frames);
             done = if is_live {
-                self.take_recalled(file, home, &pages)
+                let done = self.take_recalled(file, home, &pages);
+                if !gone {
+                    home.recalling = home.recalling.max(self.count_recalled(&pages));
+                }
+                done
             } else {
                 self.take_let_go(file, home, &pages)
             };
@@ -313,6 +343,12 @@ impl Cache {
         self.kick_parked();
     }
 
+    fn count_recalled(&self, pages: &[(u32, FrameNo)]) -> u32 {
+        let table = self.frames.lock();
+        let recalled = |(_, f): &&(u32, FrameNo)| table.state(*f) == FrameState::Recalling;
+        pages.iter().filter(recalled).count() as u32
+    }
+
     /// Gives back the pages of a live home that were recalled and that nobody holds. `false`: it
     /// failed.
     fn take_recalled(
@@ -325,7 +361,9 @@ impl Cache {
             let table = self.frames.lock();
             let asked = home.recalling > 0;
             let idle = |f| [FrameState::Main, FrameState::Small].contains(&table.state(f));
-            let ours = |f| asked && idle(f) || table.state(f) == FrameState::Recalling;
+            let recalled =
+                |f| [FrameState::Recalling, FrameState::Quarantined].contains(&table.state(f));
+            let ours = |f| asked && idle(f) || recalled(f);
             let none = |f| self.backend.holder_count(f) == 0;
             pages
                 .iter()
@@ -382,15 +420,16 @@ impl Cache {
         done.is_ok()
     }
 
-    /// Looks at the table for recalled pages of the live home whose holders let go without a word, and
-    /// takes back the recall when it is overdue.
-    pub(crate) fn poll_recalls(&self, file: &Arc<CachedFile>, inner: &mut Inner) {
+    /// Looks at the table for recalled pages of the live home whose holders let go without a word, or
+    /// later than they said. What they keep is in quarantine when that takes twice the deadline: others
+    /// are asked then.
+    pub(crate) fn poll_recalls(&self, file: &Arc<CachedFile>, inner: &mut Inner, now_ms: u64) {
         let Some(home) = inner.live.as_mut().filter(|h| h.recalling > 0) else {
             return;
         };
         let recalled: Vec<_> = {
             let table = self.frames.lock();
-            let is = |f| table.state(f) == FrameState::Recalling;
+            let is = |f| [FrameState::Recalling, FrameState::Quarantined].contains(&table.state(f));
             home.index
                 .pages()
                 .into_iter()
@@ -407,6 +446,16 @@ impl Cache {
             .iter()
             .filter(|(p, f)| home.index.get(*p) == Some(*f))
             .count() as u32;
+        let deadline_ms = u64::from(self.config.recall_deadline_ms);
+        if now_ms > home.recall_ms + 2 * deadline_ms {
+            home.poll_ms = now_ms + DRAIN_POLL_MS_MAX;
+            let mut table = self.frames.lock();
+            for (page, frame) in &recalled {
+                if home.index.get(*page) == Some(*frame) {
+                    table.set_state(*frame, FrameState::Quarantined);
+                }
+            }
+        }
         if !done {
             self.end_if_lost(file, inner);
         }

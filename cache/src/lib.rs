@@ -13,7 +13,7 @@
 //! | `CachedFile::inner`, one a file | homes and their indexes, opens, what waits, lease | all below; never another file's |
 //! | `Cache::frames` | the table of frames, queues, charges, budget | `guests`, the backend |
 //! | the backend's own | ledger, tables, homes | - |
-//! | leaves: `files`, `attention`, `parked`, `idle`, `lives`, `guests`, `leases`, watches, the pools' queues, export registry | their maps | - (the registry: nodes) |
+//! | leaves: `left_over` (the frame table's beside it), `files`, `attention`, `parked`, `idle`, `lives`, `guests`, `leases`, watches, the pools' queues, export registry | their maps | - (the registry: nodes) |
 //!
 //! Eviction chooses frames under `frames` alone, marks them, and then locks each file by itself: whoever
 //! is granted such a page first takes the mark away. Stores and collapses go on without the file's
@@ -33,6 +33,7 @@ mod fill;
 mod frames;
 mod guests;
 mod host;
+mod left_over;
 pub mod limits;
 mod meta;
 mod open;
@@ -50,8 +51,7 @@ pub use config::{
 pub use error::CacheError;
 pub use events::{
     CacheEvent, EventSink, FaultDone, FaultHint, FaultOutcome, FileState, GrantedRefs, OpenDone,
-    OpenHow,
-    RecallEnd, RecallReason,
+    OpenHow, RecallEnd, RecallReason,
 };
 pub use file::{CachedFile, FileId};
 pub use meta::{MetaOp, MetaReply};

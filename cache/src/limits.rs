@@ -75,6 +75,9 @@ pub const OLD_HOMES_PINNED_MAX: usize = 1024;
 pub const DRAIN_POLL_MS: u64 = 50;
 /// At most, when the answer has long been the same, in ms.
 pub const DRAIN_POLL_MS_MAX: u64 = 2000;
+/// Ranges of one file that guests say they unmapped and whose entries are looked at again, because the
+/// guest's kernel unmaps a little later; of what is more, the entries stay until they are recalled.
+pub const UNMAPPING_MAX: usize = 64;
 /// Jobs that wait for frames are looked at this often although nothing was told, in ms.
 pub const PARKED_POLL_MS: u64 = 20;
 /// Pauses between tries to make 2 MiB of pages huge, in ms.

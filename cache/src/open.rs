@@ -65,6 +65,9 @@ impl Cache {
         who: Holder,
         life: u64,
     ) -> Result<Arc<CachedFile>, CacheError> {
+        if how == OpenHow::Pin && !self.descriptors {
+            return Err(CacheError::PinNoDescriptor);
+        }
         match node.kind {
             Kind::Regular => {}
             Kind::Directory => return Err(CacheError::IsDirectory),
@@ -73,6 +76,8 @@ impl Cache {
         loop {
             let group = self.exports.group(node.export)?;
             let class = match how {
+                // A hypervisor keeps guests apart: each maps by entries of its own.
+                _ if !self.descriptors => TrustClass::OWN,
                 OpenHow::Map => who.class,
                 OpenHow::Pin if who.class != TrustClass::OWN => TrustClass::PINNED,
                 OpenHow::Pin | OpenHow::Read => TrustClass::OWN,

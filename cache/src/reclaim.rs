@@ -213,6 +213,9 @@ impl Cache {
                 continue;
             };
             let generation = home.generation;
+            if home.recalling == 0 {
+                home.recall_ms = now_ms();
+            }
             home.recalling = home.recalling.saturating_add(pages.len() as u32);
             self.send_recalls(&file, generation, &pages, only, RecallReason::Reclaim);
             self.look_at(&file, &inner);

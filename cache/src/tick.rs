@@ -27,6 +27,9 @@ impl Cache {
             }
         }
         let mut next = self.attention.lock().values().map(|(_, at)| *at).min();
+        if let Some(left_ms) = self.poll_left_over(now_ms) {
+            next = Some(next.map_or(left_ms, |n| n.min(left_ms)));
+        }
         if !self.parked.lock().is_empty() {
             let mut parked_ms = self.parked_ms.load(Relaxed) + PARKED_POLL_MS;
             if now_ms >= parked_ms {
@@ -45,10 +48,11 @@ impl Cache {
         if !inner.lingering.is_empty() {
             self.retry_lingering(inner);
         }
+        self.retry_unmapping(inner, now_ms);
         if let Some(home) = inner.live.as_mut().filter(|h| h.exposed) {
             self.unhold(home, now_ms);
         }
-        self.poll_recalls(file, inner);
+        self.poll_recalls(file, inner, now_ms);
         if inner.doubt_ms.is_some_and(|at| at <= now_ms) {
             self.retire(file, inner, RecallReason::Changed, now_ms);
             self.try_settle(file, inner, now_ms);
@@ -70,6 +74,9 @@ impl Cache {
         let polled = old.chain(live.filter(|h| h.exposed || h.recalling > 0));
         for home in polled.filter(|h| !h.is_pinned()) {
             due = due.min(home.poll_ms.max(now_ms + DRAIN_POLL_MS));
+        }
+        if !inner.unmapping.is_empty() {
+            due = due.min(now_ms + DRAIN_POLL_MS);
         }
         if !inner.lingering.is_empty() {
             due = due.min(now_ms + 4 * DRAIN_POLL_MS);

@@ -38,6 +38,8 @@ pub(crate) struct Home {
     pub reserved: bool,
     /// Pages for which a recall is under way.
     pub recalling: u32,
+    /// When the first of these recalls was sent, in ms.
+    pub recall_ms: u64,
     /// When it was retired, or last unpinned, in ms.
     pub since_ms: u64,
     /// When the kernel is asked next whether it is in use, in ms.
@@ -64,6 +66,7 @@ impl Home {
             charges: Vec::new(),
             reserved: false,
             recalling: 0,
+            recall_ms: 0,
             since_ms: 0,
             poll_ms: 0,
             recalled: false,

@@ -12,7 +12,7 @@ use crate::config::{ExportId, Holder};
 use crate::error::CacheError;
 use crate::events::{FileState, OpenHow};
 use crate::tree::NodeRef;
-use copage_grants::{DomId, FrameNo, Grant, TrustClass, Version};
+use copage_grants::{DomId, FrameNo, Grant, PageIndex, TrustClass, Version};
 use parking_lot::Mutex;
 use rustix::fs::Stat;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -109,6 +109,23 @@ impl OpenEntry {
     }
 }
 
+/// Pages that a guest said it unmapped. Its kernel may take a little longer.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Unmapping {
+    pub dom: DomId,
+    pub generation: u32,
+    pub first: PageIndex,
+    pub count: u32,
+    /// Until when its entries are looked at, in ms.
+    pub until_ms: u64,
+}
+
+impl Unmapping {
+    pub(crate) fn overlaps(&self, first: u64, count: u32) -> bool {
+        self.first.0 < first + u64::from(count) && first < self.first.0 + u64::from(self.count)
+    }
+}
+
 #[derive(Debug)]
 pub(crate) struct Inner {
     /// For `O_DIRECT`; `None` where the file system refuses it.
@@ -131,6 +148,8 @@ pub(crate) struct Inner {
     pub opens: Vec<OpenEntry>,
     /// Domains that closed the file but whose entries still show a mapping.
     pub lingering: Vec<DomId>,
+    /// Ranges that guests said they unmapped, whose entries showed a mapping still.
+    pub unmapping: Vec<Unmapping>,
     pub flights: Vec<Flight>,
     pub waiters: Vec<Waiter>,
     /// Gone for good: nothing is opened or filled any more.
@@ -170,6 +189,7 @@ impl CachedFile {
             retired_ms: 0,
             opens: Vec::new(),
             lingering: Vec::new(),
+            unmapping: Vec::new(),
             flights: Vec::new(),
             waiters: Vec::new(),
             dead: false,
@@ -248,6 +268,12 @@ impl Inner {
             .any(|e| e.who.dom == dom && (e.maps > 0 || e.pins > 0))
     }
 
+    /// The domain is granted pages: what it said before of unmapping them counts no more.
+    pub(crate) fn wants_again(&mut self, dom: DomId, first: u64, count: u32) {
+        self.unmapping
+            .retain(|range| range.dom != dom || !range.overlaps(first, count));
+    }
+
     /// The live home, if `generation` is the newest.
     pub(crate) fn live_of(&mut self, generation: u32) -> Option<&mut Home> {
         self.live.as_mut().filter(|h| h.generation == generation)
@@ -284,6 +310,7 @@ impl Inner {
             || self.live.is_some() && self.doubt_ms.is_some()
             || !self.old.is_empty()
             || !self.lingering.is_empty()
+            || !self.unmapping.is_empty()
             || self.lease == Lease::Breaking
     }
 }
