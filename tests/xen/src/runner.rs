@@ -34,7 +34,9 @@ pub fn run(checks: &[&'static Check], logs: &Path) -> Result<bool> {
                     .arg("xl list; xl dmesg | tail -n 60; dmesg | tail -n 60")
                     .stdout(File::create(logs.join(format!("{name}.machine.txt")))?)
                     .status();
-                format!("FAILED {name:<14} {error:#} ({seconds:.1} s)\n")
+                // One line a check, whatever a program said.
+                let why = format!("{error:#}").replace('\n', " | ");
+                format!("FAILED {name:<14} {why} ({seconds:.1} s)\n")
             }
         };
         results.write_all(line.as_bytes())?;

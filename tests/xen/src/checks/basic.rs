@@ -126,10 +126,15 @@ pub fn daemon(lab: &Lab) -> Result<String> {
     daemon.kill()?;
     daemon.again()?;
     ensure!(daemon.pid()? != first, "it was not killed");
+    let domains = lab.domains()?;
+    let names: Vec<_> = domains.iter().map(|d| &*d.name).collect();
     let audit = daemon.json("audit")?;
     ensure!(audit["ok"] == true, "audit: {audit}");
     daemon.stop()?;
-    Ok("killed, started again, audit clean, stopped".into())
+    Ok(format!(
+        "killed, started again with domains {}, audit clean, stopped",
+        names.join(" ")
+    ))
 }
 
 /// `copage doctor` runs and its JSON is whole; what it finds is shown, not judged.
