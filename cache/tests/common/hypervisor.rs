@@ -1,0 +1,289 @@
+//! A backend that behaves as Xen's does, the test standing in for the hypervisor: guests map entries
+//! when they like, and bits go when the test says so, not when a guest does.
+
+use copage_grants::entry::{Entry, EntryMemory, OwnEntries};
+use copage_grants::table::{GrantTables, Placement};
+use copage_grants::*;
+use std::collections::{BTreeMap, HashMap};
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+/// Frames in one table; the next ones are in the other.
+pub const TABLE_FRAMES: u32 = 48;
+
+#[derive(Clone)]
+struct Shared(Arc<OwnEntries>);
+
+impl EntryMemory for Shared {
+    fn entries(&self) -> &[Entry] {
+        self.0.entries()
+    }
+}
+
+struct Spread;
+
+impl Placement for Spread {
+    fn place(&self, frame: FrameNo) -> (TableId, u32) {
+        let table = (frame.0 / TABLE_FRAMES) as u16;
+        (TableId(table), frame.0 % TABLE_FRAMES + 1000)
+    }
+
+    fn domid(&self, dom: DomId) -> DomId {
+        DomId(dom.0 + 30)
+    }
+}
+
+type Pages = BTreeMap<u64, FrameNo>;
+
+pub struct Hypervisor {
+    memory: Vec<Shared>,
+    tables: GrantTables<Shared, Spread>,
+    frames: Mutex<HashMap<FrameNo, Vec<u8>>>,
+    homes: Mutex<HashMap<HomeId, Pages>>,
+    next: AtomicU64,
+}
+
+impl Hypervisor {
+    /// `memory` is what an earlier life left.
+    pub fn over(memory: Vec<Arc<OwnEntries>>) -> Arc<Self> {
+        let memory: Vec<Shared> = memory.into_iter().map(Shared).collect();
+        let tables = GrantTables::new(Spread);
+        for (n, table) in (0..).zip(&memory) {
+            let frame_of = |gfn: u32| Some(FrameNo(gfn.checked_sub(1000)? + n * TABLE_FRAMES));
+            tables.add_found_table(table.clone(), frame_of).unwrap();
+        }
+        Arc::new(Self {
+            memory,
+            tables,
+            frames: Mutex::default(),
+            homes: Mutex::default(),
+            next: AtomicU64::new(1),
+        })
+    }
+
+    pub fn new() -> Arc<Self> {
+        Self::over(
+            (0..3)
+                .map(|_| Arc::new(OwnEntries::new(2048).unwrap()))
+                .collect(),
+        )
+    }
+
+    pub fn memory(&self) -> Vec<Arc<OwnEntries>> {
+        self.memory.iter().map(|m| Arc::clone(&m.0)).collect()
+    }
+
+    fn entry(&self, granter: DomId, gref: u32) -> &Entry {
+        &self.memory[usize::from(granter.0 - 90)].entries()[gref as usize]
+    }
+
+    /// A guest maps by what it was told; the page, if Xen lets it.
+    pub fn map(&self, dom: DomId, granter: DomId, gref: u32) -> Option<Vec<u8>> {
+        let gfn = self
+            .entry(granter, gref)
+            .map(Spread.domid(dom), Access::ReadOnly)?;
+        let frame = FrameNo(u32::from(granter.0 - 90) * TABLE_FRAMES + gfn - 1000);
+        Some(self.frames.lock().unwrap()[&frame].clone())
+    }
+
+    pub fn unmap(&self, granter: DomId, gref: u32) {
+        self.entry(granter, gref).clear_mapped();
+    }
+}
+
+fn no<T>(what: &'static str) -> Result<T, GrantError> {
+    Err(GrantError::Unsupported {
+        backend: "hypervisor",
+        what,
+    })
+}
+
+impl Backend for Hypervisor {
+    fn name(&self) -> &'static str {
+        "hypervisor"
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            frames_shared: true,
+            read_only_enforced: true,
+            executable_mappings: false,
+            forced_revoke: false,
+            in_place_upgrade: false,
+            descriptors: false,
+        }
+    }
+
+    fn open_home(&self, _spec: &HomeSpec) -> Result<HomeId, GrantError> {
+        let home = HomeId(self.next.fetch_add(1, Ordering::Relaxed));
+        self.homes.lock().unwrap().insert(home, Pages::new());
+        Ok(home)
+    }
+
+    fn close_home(&self, home: HomeId) -> Result<(), GrantError> {
+        let pages = self.homes.lock().unwrap().remove(&home);
+        assert!(pages.is_some_and(|pages| pages.is_empty()));
+        Ok(())
+    }
+
+    fn home_descriptor(&self, _home: HomeId) -> Result<OwnedFd, GrantError> {
+        no("a descriptor")
+    }
+
+    fn make_runnable(&self, _home: HomeId) -> Result<(), GrantError> {
+        no("running")
+    }
+
+    fn home_in_use(&self, home: HomeId) -> Result<bool, GrantError> {
+        let frames: Vec<_> = self.homes.lock().unwrap()[&home]
+            .values()
+            .copied()
+            .collect();
+        Ok(self.tables.first_granted(&frames).is_some())
+    }
+
+    fn store(
+        &self,
+        home: HomeId,
+        first: PageIndex,
+        frames: &[FrameNo],
+        data: &[u8],
+    ) -> Result<(), GrantError> {
+        assert_eq!(self.tables.first_granted(frames), None);
+        let mut left = Vec::new();
+        self.tables.retry_left_over(&mut left);
+        for (n, frame) in frames.iter().enumerate() {
+            assert!(!left.contains(frame), "{frame:?} is mapped of old");
+            let page = data[n * PAGE_SIZE..][..PAGE_SIZE].to_vec();
+            let before = self.frames.lock().unwrap().insert(*frame, page);
+            assert_eq!(before, None, "{frame:?} holds a page");
+            let mut homes = self.homes.lock().unwrap();
+            homes
+                .get_mut(&home)
+                .unwrap()
+                .insert(first.0 + n as u64, *frame);
+        }
+        Ok(())
+    }
+
+    fn load(
+        &self,
+        home: HomeId,
+        page: PageIndex,
+        frame: FrameNo,
+        buf: &mut [u8],
+    ) -> Result<(), GrantError> {
+        assert_eq!(self.homes.lock().unwrap()[&home][&page.0], frame);
+        buf.copy_from_slice(&self.frames.lock().unwrap()[&frame]);
+        Ok(())
+    }
+
+    fn discard(
+        &self,
+        home: HomeId,
+        first: PageIndex,
+        frames: &[FrameNo],
+    ) -> Result<(), GrantError> {
+        assert_eq!(self.tables.first_granted(frames), None);
+        for (page, frame) in (first.0..).zip(frames) {
+            self.frames.lock().unwrap().remove(frame).unwrap();
+            let mut homes = self.homes.lock().unwrap();
+            assert_eq!(homes.get_mut(&home).unwrap().remove(&page), Some(*frame));
+        }
+        Ok(())
+    }
+
+    fn make_huge(&self, _home: HomeId, _first: PageIndex) -> Result<bool, GrantError> {
+        Ok(false)
+    }
+
+    fn bind(&self, _dom: DomId, _domid: u16) -> Result<(), GrantError> {
+        Ok(())
+    }
+
+    fn granter(&self, table: TableId) -> Option<DomId> {
+        Some(DomId(90 + table.0))
+    }
+
+    fn in_one_table(&self, frames: &[FrameNo]) -> usize {
+        let table = |frame: &FrameNo| frame.0 / TABLE_FRAMES;
+        let first = frames.first().map(table);
+        frames
+            .iter()
+            .take_while(|f| Some(table(f)) == first)
+            .count()
+    }
+
+    fn grant(
+        &self,
+        dom: DomId,
+        access: Access,
+        frames: &[FrameNo],
+        out: &mut Vec<Grant>,
+    ) -> Result<(), GrantError> {
+        self.tables.grant(dom, access, frames, false, out)
+    }
+
+    fn revoke(&self, dom: DomId, frames: &[FrameNo], out: &mut Vec<Revocation>) {
+        self.tables.revoke(dom, frames, out);
+    }
+
+    fn force_out(
+        &self,
+        _home: HomeId,
+        _first: PageIndex,
+        _frames: &[FrameNo],
+        _evicted: &mut dyn FnMut(FrameNo, DomId),
+    ) -> Result<(), GrantError> {
+        no("force")
+    }
+
+    fn holders(&self, frame: FrameNo, out: &mut Vec<DomId>) {
+        self.tables.holders(frame, out);
+    }
+
+    fn holder_count(&self, frame: FrameNo) -> u32 {
+        self.tables.holder_count(frame)
+    }
+
+    fn grant_count(&self, dom: DomId) -> u64 {
+        self.tables.grant_count(dom)
+    }
+
+    fn oldest_grants(&self, dom: DomId, max: usize, out: &mut Vec<FrameNo>) {
+        self.tables.oldest_grants(dom, max, out);
+    }
+
+    fn note_unmapped(&self, _dom: DomId, _frames: &[FrameNo]) {}
+
+    fn domain_ended(&self, dom: DomId) -> DomainEnd {
+        self.tables.domain_ended(dom, false)
+    }
+
+    fn set_grants_max(&self, dom: DomId, grants_max: u64) {
+        self.tables.set_grants_max(dom, grants_max);
+    }
+
+    fn unusable_frames(&self, out: &mut Vec<FrameNo>) {
+        self.tables.retry_left_over(out);
+    }
+
+    fn stop(&self) -> Result<(), GrantError> {
+        Ok(())
+    }
+
+    fn each_grant(&self, visit: &mut dyn FnMut(GrantInfo)) {
+        self.tables.each_grant(visit);
+    }
+
+    fn audit(&self) -> LedgerAudit {
+        self.tables.audit()
+    }
+
+    fn present_pages(&self, home: HomeId) -> Result<Vec<(PageIndex, u64)>, GrantError> {
+        let homes = self.homes.lock().unwrap();
+        let pages = homes.get(&home).ok_or(GrantError::NoSuchHome(home))?;
+        Ok(pages.keys().map(|page| (PageIndex(*page), 1)).collect())
+    }
+}
