@@ -1,7 +1,6 @@
 //! Programs that checks run inside guests (`copage-xen-lab do NAME …`): one function and one line of the table each.
 
 pub mod frames;
-pub mod library;
 
 use anyhow::Result;
 
@@ -11,11 +10,8 @@ pub type Program = fn(&[&str]) -> Result<()>;
 /// All of them, by name.
 pub const PROGRAMS: &[(&str, Program)] = &[
     ("echo", echo),
-    ("session", crate::hostile::session),
-    ("hostile", crate::hostile::hostile),
     ("map", frames::map),
     ("hold-frames", frames::hold),
-    ("library", library::library),
 ];
 
 /// Prints its arguments: the shortest program there is, to see that programs run.
