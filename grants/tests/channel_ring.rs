@@ -8,7 +8,7 @@ use copage_grants::channel::layout::{
 };
 use copage_grants::channel::limits::RING_MESSAGE_BYTES_MAX;
 use copage_grants::channel::ring::{Consumer, Lane, Nonsense, Popped, Producer};
-use copage_grants::channel::{Channel, ChannelError, announced, begin, is_accepted};
+use copage_grants::channel::{Channel, ChannelError, HeapMemory, announced, begin, is_accepted};
 use copage_grants::volatile::VolatileBytesMut;
 use proptest::prelude::*;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -16,26 +16,21 @@ use std::collections::VecDeque;
 
 /// Memory of a ring that a test owns.
 struct Memory {
-    index: Box<[u64]>,
-    bytes: Box<[u64]>,
+    index: HeapMemory,
+    bytes: HeapMemory,
 }
 
 impl Memory {
     fn new(ring_bytes: usize) -> Self {
         Self {
-            index: vec![0; 512].into(),
-            bytes: vec![0; ring_bytes / 8].into(),
+            index: HeapMemory::new(4096),
+            bytes: HeapMemory::new(ring_bytes),
         }
     }
 
     /// Views of both, as the two ends have them.
-    fn views(&mut self) -> (VolatileBytesMut<'_>, VolatileBytesMut<'_>) {
-        let (index, bytes) = (self.index.as_mut_ptr(), self.bytes.as_mut_ptr());
-        // SAFETY: the words are borrowed for as long as the view, and only reached by it.
-        let index = unsafe { VolatileBytesMut::new(index.cast(), self.index.len() * 8) };
-        // SAFETY: as for the index page.
-        let bytes = unsafe { VolatileBytesMut::new(bytes.cast(), self.bytes.len() * 8) };
-        (index, bytes)
+    fn views(&self) -> (VolatileBytesMut<'_>, VolatileBytesMut<'_>) {
+        (self.index.all(), self.bytes.all())
     }
 }
 
@@ -72,7 +67,7 @@ proptest! {
         order in 0u32..2,
         start in prop_oneof![Just(0), Just(u32::MAX - 5000), any::<u32>()],
     ) {
-        let mut memory = Memory::new(4096 << order);
+        let memory = Memory::new(4096 << order);
         let (index, bytes) = memory.views();
         prop_assert!(index.write_u32(TO_DAEMON.producer, start));
         prop_assert!(index.write_u32(TO_DAEMON.consumer, start));
@@ -133,7 +128,7 @@ proptest! {
         steps in steps(),
         writes in prop::collection::vec((0usize..3, any::<u32>(), any::<usize>()), 1..120),
     ) {
-        let mut memory = Memory::new(4096);
+        let memory = Memory::new(4096);
         let (index, bytes) = memory.views();
         let lane = lane((index, bytes));
         let (mut sender, mut receiver) = (Producer::default(), Consumer::default());
@@ -177,7 +172,7 @@ proptest! {
         writes in prop::collection::vec((0usize..1024, any::<u32>()), 0..30),
         order in any::<u32>(),
     ) {
-        let mut memory = Memory::new(8);
+        let memory = Memory::new(8);
         let (index, _) = memory.views();
         prop_assert!(announced(index).is_err());
         begin(index, 2, &[7; 8]).unwrap();
@@ -201,14 +196,14 @@ proptest! {
 #[test]
 fn lengths_that_cannot_be_are_errors() {
     for length in [0, RING_MESSAGE_BYTES_MAX as u32 + 1, u32::MAX] {
-        let mut memory = Memory::new(4096);
+        let memory = Memory::new(4096);
         let (index, bytes) = memory.views();
         let lane = lane((index, bytes));
         assert!(bytes.write_u32(0, length) && index.write_u32(TO_DAEMON.producer, 4));
         let got = Consumer::default().pop(&lane, &mut [0; 64], &mut false);
         assert_eq!(got, Err(Nonsense::Length { bytes: length }));
     }
-    let mut memory = Memory::new(4096);
+    let memory = Memory::new(4096);
     let lane = lane(memory.views());
     let mut sender = Producer::default();
     assert!(sender.push(&lane, b"").is_err());
@@ -218,7 +213,7 @@ fn lengths_that_cannot_be_are_errors() {
             .is_err()
     );
     // A lane whose words are not in the page, or whose size is none.
-    let mut memory = Memory::new(4096);
+    let memory = Memory::new(4096);
     let (index, bytes) = memory.views();
     assert!(Lane::new(index.range(..130).unwrap(), bytes, TO_DAEMON).is_none());
     assert!(Lane::new(index, bytes.range(..4088).unwrap(), TO_GUEST).is_none());
@@ -399,7 +394,7 @@ fn threads_talk_over_a_ring() {
 /// One end of a ring over the whole channel, the other a scribbler.
 #[test]
 fn a_channel_whose_other_end_scribbles_closes() {
-    let mut memory = Memory::new(4096);
+    let memory = Memory::new(4096);
     let (index, bytes) = memory.views();
     let lane = lane((index, bytes));
     let mut receiver = Consumer::default();

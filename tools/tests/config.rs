@@ -7,7 +7,7 @@
     reason = "a test fails by panicking"
 )]
 
-use copage::config::{Config, ConfigErrors, Limits, Mode, Severity};
+use copage::config::{BackendChoice, Config, ConfigErrors, Limits, Mode, Severity};
 use std::path::{Path, PathBuf};
 
 /// The lines of problems, without warnings.
@@ -28,6 +28,8 @@ fn every_key_is_read() {
     let config = Config::parse(
         r#"
         run_dir = "/run/elsewhere"
+        backend = "xen"
+        xen = { cache_domain_mib = 64, domain_sessions_max = 5 }
         frames_mib = 0x40
         lease_ttl_ms = 1_000
         invalidate_deadline_ms = 700
@@ -44,6 +46,12 @@ fn every_key_is_read() {
         limits.files_max = 11
         [[guest]]
         name = "named-only"
+        [[guest]]
+        name = "vm"
+        domain = "web-vm:1"
+        [[guest]]
+        name = "by-uuid"
+        uuid = "6ba7b810-9dad-11d1-80b4-00c04fd430c8"
         [[export]]
         name = "libs"
         path = "/usr/lib"
@@ -62,6 +70,11 @@ fn every_key_is_read() {
     assert_eq!((config.host_settle_ms, config.fill_threads), (0, 7));
     assert_eq!((config.readahead_kib, config.pin_file_mib), (64, 9));
     assert!(!config.huge && !config.force);
+    assert_eq!(config.backend, BackendChoice::Xen);
+    let xen = (config.xen.cache_domain_mib, config.xen.domain_sessions_max);
+    assert_eq!(xen, (64, 5));
+    assert_eq!(config.guests[2].domain.as_deref(), Some("web-vm:1"));
+    assert_eq!(config.guests[3].uuid.unwrap().0[..2], [0x6b, 0xa7]);
     let limits = Limits {
         grants_max: 1000,
         handles_max: 100,
@@ -226,6 +239,26 @@ fn bad_texts_are_told_with_line_and_key() {
         (
             "[[guest]]\nname = \"a\"\nuid = 5\n[[guest]]\nname = \"b\"\nuid = 5",
             &["line 6: guest.uid: uid 5 is guest \"a\" already in line 3"],
+        ),
+        (
+            "backend = \"kvm\"",
+            &["line 1: backend: \"kvm\" is no backend; give \"auto\", \"local\" or \"xen\""],
+        ),
+        (
+            "[xen]\ncache_domain_mib = 8",
+            &["line 2: xen.cache_domain_mib: is 8 MiB; give a whole number from 16 to 4096 MiB"],
+        ),
+        (
+            "[[guest]]\nname = \"a\"\ndomain = \"7\"",
+            &["line 3: guest.domain: \"7\" would be a domid, and those are used again"],
+        ),
+        (
+            "[[guest]]\nname = \"a\"\nuuid = \"7\"",
+            &["line 3: guest.uuid: \"7\" is no uuid"],
+        ),
+        (
+            "[[guest]]\nname = \"a\"\ndomain = \"d\"\n[[guest]]\nname = \"b\"\ndomain = \"d\"",
+            &["line 6: guest.domain: d is guest \"a\" already in line 3"],
         ),
         (
             &format!("{export}mode = \"coherent\""),
@@ -477,10 +510,11 @@ fn the_documented_example_loads() {
         let list = line.split("known here: ").nth(1).unwrap().to_owned();
         list.split(", ").map(str::to_owned).collect()
     };
-    let tables = ["limits", "guest", "export"];
+    let tables = ["limits", "guest", "export", "xen"];
     let places = [
         "zzzzz = 1",
         "[limits]\nzzzzz = 1",
+        "[xen]\nzzzzz = 1",
         "[[guest]]\nname = \"a\"\nzzzzz = 1",
         "[[export]]\nname = \"a\"\npath = \"/a\"\nzzzzz = 1",
     ];

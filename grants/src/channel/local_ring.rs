@@ -19,23 +19,25 @@ pub(super) struct Parts {
     pub events: Box<dyn RingEvents>,
 }
 
-/// Words that two ends read and write, as pages are that two domains map.
-struct Shared {
+/// Memory of this process that two ends read and write, as pages are that two domains map.
+pub struct HeapMemory {
     words: Box<[UnsafeCell<u64>]>,
 }
 
 // SAFETY: the words are only reached by volatile views, which is what those are for.
-unsafe impl Send for Shared {}
+unsafe impl Send for HeapMemory {}
 // SAFETY: as for Send.
-unsafe impl Sync for Shared {}
+unsafe impl Sync for HeapMemory {}
 
-impl Shared {
-    fn new(bytes: usize) -> Self {
+impl HeapMemory {
+    /// So many bytes of zeros, aligned to 8; a multiple of that.
+    pub fn new(bytes: usize) -> Self {
         let words = (0..bytes / 8).map(|_| UnsafeCell::new(0)).collect();
         Self { words }
     }
 
-    fn all(&self) -> VolatileBytesMut<'_> {
+    /// All of it.
+    pub fn all(&self) -> VolatileBytesMut<'_> {
         // Of all of it, so that the pointer may be used for all of it.
         let start = self.words.as_ptr().cast::<u8>().cast_mut();
         // SAFETY: the boxed words live as long as `self`; they are in cells, so that writing through
@@ -50,7 +52,7 @@ impl Shared {
     }
 }
 
-struct Memory(Arc<Shared>);
+struct Memory(Arc<HeapMemory>);
 
 impl RingMemory for Memory {
     fn index(&self) -> VolatileBytesMut<'_> {
@@ -115,7 +117,7 @@ pub(super) fn end(order: u32) -> Result<(Parts, Parts), ChannelError> {
         return Err(Nonsense::NotARing("it has too many pages").into());
     }
     let pages = 2usize << order;
-    let memory = Arc::new(Shared::new((1 + pages) * PAGE_SIZE));
+    let memory = Arc::new(HeapMemory::new((1 + pages) * PAGE_SIZE));
     begin(memory.part(0, PAGE_SIZE), order, &vec![0; pages])?;
     let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
     let new = || {

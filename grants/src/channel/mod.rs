@@ -17,4 +17,5 @@ mod socket;
 
 pub use end::{RingEnd, RingEvents, RingMemory, Side, announced, begin, is_accepted};
 pub use listener::{DomainPeer, Listener, Peer, ProcessPeer};
+pub use local_ring::HeapMemory;
 pub use message::{Channel, ChannelError, Received};

@@ -12,6 +12,7 @@ mod agent;
 mod checks;
 mod daemon;
 mod guest;
+mod hostile;
 mod job;
 mod lab;
 mod output;

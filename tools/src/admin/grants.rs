@@ -77,7 +77,10 @@ fn show(grants: &GrantsEntry, list: bool) -> Result<()> {
         table.row(vec![
             entry.guest.clone(),
             entry.dom.to_string(),
-            entry.table.to_string(),
+            entry.granter.map_or_else(
+                || entry.table.to_string(),
+                |domid| format!("{} (domain {domid})", entry.table),
+            ),
             entry.gref.to_string(),
             entry.frame.to_string(),
             if entry.writable { "rw" } else { "ro" }.to_owned(),

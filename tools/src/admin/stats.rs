@@ -234,6 +234,18 @@ fn text(stats: &StatsEntry, memory: Memory) -> String {
         .filter(|(k, _)| k.starts_with("fenced_"))
         .map(|(_, v)| v)
         .sum();
+    if let Some(xen) = &stats.xen {
+        let tables = xen.cache_domains.iter();
+        let tables: Vec<String> = tables
+            .map(|t| format!("domain {} with {} entries in use", t.domid, t.entries_used))
+            .collect();
+        lines.push(format!("cache       {}", tables.join(", ")));
+        let channel = &xen.channel;
+        lines.push(format!(
+            "domains     {} attached and here; {} sessions accepted, {} refused, {} floods",
+            channel.domains_now, channel.accepted, channel.refused, channel.floods
+        ));
+    }
     lines.push(format!(
         "sessions    {} begun, {} refused, {} ended, {} fenced, {} bad messages",
         of("sessions"),

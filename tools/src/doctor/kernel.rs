@@ -1,7 +1,7 @@
 //! The kernel: its version, its settings, what it runs on.
 
-use super::{Finding, State};
-use std::path::Path;
+use super::Finding;
+use copage_grants::xen::{Presence, Role, here};
 
 /// Where the policy of huge pages in shared memory stands.
 const SHMEM_ENABLED: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
@@ -110,25 +110,57 @@ pub(super) fn huge_policy() -> Finding {
 
 /// Only where there is something to say.
 pub(super) fn xen() -> Option<Finding> {
-    let places = [
-        "/proc/xen/capabilities",
-        "/dev/xen/gntdev",
-        "/dev/xen/privcmd",
-        "/proc/xen",
-    ];
-    let place = places.into_iter().find(|place| Path::new(place).exists())?;
-    Some(Finding::new(
-        "xen",
-        State::Note,
-        format!(
-            "this machine runs on Xen ({place}); this version has the local backend only: processes are the guests"
-        ),
-    ))
+    describe(&here())
+}
+
+/// Where the parts of Xen come from.
+const XEN_FIX: &str = "modprobe -a xen-gntdev xen-gntalloc xen-evtchn xen-privcmd; the package of Xen's \
+    libraries (Debian: libxenmisc and libxenstore4 in a guest, xen-utils in the control domain)";
+
+fn describe(presence: &Presence) -> Option<Finding> {
+    let name = "xen";
+    match (presence.role, &presence.missing) {
+        (Role::None, _) => None,
+        (Role::Control, None) => Some(Finding::have(
+            name,
+            "the control domain of a Xen host: copage serve shares frames between its guests",
+        )),
+        (Role::Guest, None) => Some(Finding::have(
+            name,
+            "a Xen guest: commands connect to the daemon in the control domain, when it has attached this domain",
+        )),
+        (Role::Control, Some(missing)) => Some(Finding::limited(
+            name,
+            format!("the control domain of a Xen host; {missing}"),
+            "copage serve serves processes of this domain only, not the host's guests",
+            XEN_FIX,
+        )),
+        (Role::Guest, Some(missing)) => Some(Finding::limited(
+            name,
+            format!("a Xen guest; {missing}"),
+            "this guest cannot use the exports of the control domain",
+            XEN_FIX,
+        )),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_xen_offers_is_told() {
+        let told = |role, missing: Option<&str>| {
+            let missing = missing.map(str::to_owned);
+            describe(&Presence { role, missing })
+        };
+        assert_eq!(told(Role::None, Some("no Xen here")), None);
+        for role in [Role::Guest, Role::Control] {
+            assert!(told(role, None).unwrap().fix.is_none());
+            let lacks = told(role, Some("missing: libxengnttab.so.1")).unwrap();
+            assert!(lacks.found.contains("libxengnttab.so.1") && lacks.fix.is_some());
+        }
+    }
 
     #[test]
     fn versions_and_policies_are_read() {

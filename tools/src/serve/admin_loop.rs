@@ -1,12 +1,16 @@
 //! The administrator's requests: the quick ones are answered here, the slow ones handed on.
 
 use super::admin_run::{Done, Job, Names};
-use super::admin_types::{AdminReply, AdminRequest, ChargesEntry, GuestEntry, StatsEntry};
+use super::admin_types::{
+    AdminReply, AdminRequest, CacheDomainEntry, ChannelEntry, ChargesEntry, GuestEntry, StatsEntry,
+    XenEntry,
+};
 use super::core::Core;
 use super::limits::{ACCEPTS_PER_TURN, GRANT_LINES_DEFAULT, GRANT_LINES_MAX};
 use super::poll::{Interest, Ready, Source};
 use crate::config::mib_to_pages;
 use copage_cache::CacheStats;
+use copage_grants::TableId;
 use copage_grants::channel::Peer;
 use std::collections::BTreeMap;
 
@@ -114,7 +118,7 @@ impl Core {
         while let Ok((id, done)) = self.admin.runner.done.try_recv() {
             let reply = match done {
                 Done::Reply(reply) => reply,
-                Done::Stats(stats, grants) => AdminReply::Stats(self.stats(&stats, grants)),
+                Done::Stats(stats, tables) => AdminReply::Stats(self.stats(&stats, &tables)),
                 Done::Added(export, entry) => {
                     self.ctx.exports.insert(export, entry);
                     AdminReply::Done
@@ -224,7 +228,8 @@ impl Core {
         guests
     }
 
-    fn stats(&self, cache: &CacheStats, grants: u64) -> StatsEntry {
+    fn stats(&self, cache: &CacheStats, tables: &BTreeMap<u16, u64>) -> StatsEntry {
+        let grants = tables.values().sum();
         let counts = &self.ctx.counts;
         let counters = [
             ("connections", counts.connections),
@@ -298,7 +303,34 @@ impl Core {
                 .map(|(k, v)| (k.to_owned(), v))
                 .into_iter()
                 .collect::<BTreeMap<_, _>>(),
+            xen: self.xen_stats(tables),
             charges,
         }
+    }
+
+    fn xen_stats(&self, tables: &BTreeMap<u16, u64>) -> Option<XenEntry> {
+        let stats = self.xen.as_ref()?.listener.stats();
+        let of_table = |(&table, &entries_used): (&u16, &u64)| {
+            let domid = self.ctx.backend.granter(TableId(table))?.0;
+            Some(CacheDomainEntry {
+                table,
+                domid,
+                entries_used,
+            })
+        };
+        // Numbered from 0 without a gap.
+        let empty = (0..).take_while(|&n| self.ctx.backend.granter(TableId(n)).is_some());
+        let mut all: BTreeMap<u16, u64> = empty.map(|n| (n, 0)).collect();
+        all.extend(tables);
+        Some(XenEntry {
+            cache_domains: all.iter().filter_map(of_table).collect(),
+            channel: ChannelEntry {
+                domains_now: stats.attached_now,
+                accepted: stats.accepted,
+                refused: stats.refused,
+                store_events: stats.events,
+                floods: stats.floods,
+            },
+        })
     }
 }

@@ -49,8 +49,8 @@ pub(super) type Names = HashMap<DomId, String>;
 #[derive(Debug)]
 pub(super) enum Done {
     Reply(AdminReply),
-    /// The loop adds what only it knows.
-    Stats(Box<CacheStats>, u64),
+    /// With the grants of each table; the loop adds what only it knows.
+    Stats(Box<CacheStats>, BTreeMap<u16, u64>),
     /// The loop enters it in its table.
     Added(ExportId, ExportEntry),
 }
@@ -102,9 +102,9 @@ fn run(cache: &Cache, backend: &dyn Backend, job: Job) -> Done {
     Done::Reply(match job {
         Job::Audit => AdminReply::Audit(audit(cache)),
         Job::Stats => {
-            let mut grants = 0;
-            backend.each_grant(&mut |_| grants += 1);
-            return Done::Stats(Box::new(cache.stats()), grants);
+            let mut tables = BTreeMap::new();
+            backend.each_grant(&mut |grant| *tables.entry(grant.grant.table.0).or_default() += 1);
+            return Done::Stats(Box::new(cache.stats()), tables);
         }
         Job::Pages {
             path,
@@ -199,6 +199,7 @@ fn grants(
                 guest: name_of(names, grant.dom),
                 dom: grant.dom.0,
                 table: grant.grant.table.0,
+                granter: backend.granter(grant.grant.table).map(|dom| dom.0),
                 gref: grant.grant.gref.0,
                 frame: grant.frame.0,
                 writable: grant.access == Access::ReadWrite,

@@ -291,6 +291,9 @@ pub struct GrantLine {
     pub dom: u16,
     /// The table.
     pub table: u16,
+    /// The cache domain whose table it is; none on local.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub granter: Option<u16>,
     /// The entry.
     pub gref: u32,
     /// The frame.
@@ -354,9 +357,47 @@ pub struct StatsEntry {
     pub sessions: u64,
     /// What was counted since the start, by name; names end with their unit where they have one.
     pub counters: BTreeMap<String, u64>,
+    /// The Xen side, where there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub xen: Option<XenEntry>,
     /// What guests are charged with, by name; those that are charged with nothing are left out.
     #[serde(default)]
     pub charges: Vec<ChargesEntry>,
+}
+
+/// The Xen side of the daemon.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct XenEntry {
+    /// The domains that hold the frames.
+    pub cache_domains: Vec<CacheDomainEntry>,
+    /// What was counted of the control channel since the start.
+    pub channel: ChannelEntry,
+}
+
+/// A cache domain.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CacheDomainEntry {
+    /// Its grant table, as `grants` calls it.
+    pub table: u16,
+    /// Its domid.
+    pub domid: u16,
+    /// Entries of its grant table that are in use.
+    pub entries_used: u64,
+}
+
+/// Counts of the control channel.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChannelEntry {
+    /// Attached domains that there are now.
+    pub domains_now: u64,
+    /// Sessions accepted.
+    pub accepted: u64,
+    /// Sessions refused.
+    pub refused: u64,
+    /// Changes of xenstore that were looked at.
+    pub store_events: u64,
+    /// Times that a domain changed its nodes too often and was not listened to for a while.
+    pub floods: u64,
 }
 
 /// What one guest is charged with, over all its sessions, those that ended included.

@@ -12,6 +12,9 @@ mod nodes;
 mod pages;
 mod rate;
 mod registry;
+#[cfg(test)]
+#[allow(clippy::unwrap_used)] // Tests.
+mod tests;
 
 pub use guest::connect;
 pub use listener::{XenListener, XenListenerStats};
