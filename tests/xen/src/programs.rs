@@ -10,6 +10,8 @@ pub type Program = fn(&[&str]) -> Result<()>;
 /// All of them, by name.
 pub const PROGRAMS: &[(&str, Program)] = &[
     ("echo", echo),
+    ("session", crate::hostile::session),
+    ("hostile", crate::hostile::hostile),
     ("map", frames::map),
     ("hold-frames", frames::hold),
 ];

@@ -4,6 +4,7 @@
 //! and a domain that does not go away afterwards are failures.
 
 mod basic;
+mod channel;
 pub mod frames;
 
 use crate::lab::Lab;
@@ -79,5 +80,29 @@ pub const CHECKS: &[Check] = &[
         240,
         "a daemon killed with pages mapped: what the next one finds",
         frames::found_again,
+    ),
+    check(
+        "rings",
+        240,
+        "guests read an export over rings; who is not attached is not let in",
+        channel::rings,
+    ),
+    check(
+        "deaths",
+        180,
+        "sessions end with their process, their domain, their daemon",
+        channel::deaths,
+    ),
+    check(
+        "eight",
+        360,
+        "eight guests connected and reading at once",
+        channel::eight,
+    ),
+    check(
+        "hostile-channel",
+        300,
+        "garbage and floods in xenstore and in a ring from a guest",
+        channel::hostile,
     ),
 ];
