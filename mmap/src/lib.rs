@@ -20,6 +20,7 @@ pub mod mount;
 pub mod native;
 mod node;
 mod pager;
+mod populate;
 pub mod probe;
 mod quiet;
 mod rebase;

@@ -5,6 +5,9 @@
 //! links to this process's descriptors (`/proc/PID/fd/N`), so that the program inherits none of
 //! them. This process stays while the program runs: it keeps the session and the pins.
 //!
+//! A daemon that grants frames (Xen) has no descriptors to give and refuses the pin: nothing is run then,
+//! and the refusal says so. Granted pages are never executed.
+//!
 //! What differs from running the program natively: `/proc/self/exe` is the loader's frame file;
 //! libraries that the program opens by `dlopen` and that were not named come from this machine, as
 //! do the programs it starts; set-user-id bits do nothing.

@@ -255,6 +255,19 @@ impl Device for Gntdev {
 mod tests {
     use super::*;
 
+    #[test]
+    fn local_a_thread_whose_memory_is_all_executable_maps_nothing() {
+        let thread = std::thread::spawn(|| {
+            // SAFETY: the personality is this thread's alone, which ends here.
+            let before = unsafe { libc::personality(0x0400000) };
+            assert!(before >= 0 && read_implies_exec());
+            Gntdev::open().err()
+        });
+        let text = thread.join().unwrap().unwrap();
+        assert!(text.contains("READ_IMPLIES_EXEC"), "{text}");
+        assert!(!read_implies_exec());
+    }
+
     /// Shows the error's words only: this machine has no Xen.
     #[test]
     fn local_without_xen_the_device_says_what_is_missing() {

@@ -2,8 +2,9 @@
 //!
 //! Where the kernel allows it (Linux 6.9, CAP_SYS_ADMIN) a file that is opened is pinned by the daemon
 //! and handed to the kernel as a passthrough file: reading, mapping and running it then goes to the
-//! shared frames without this process. What is too large for that, and everything in an unprivileged
-//! mount, is in page-cache form: read by messages into this kernel's page cache ([`Form`]).
+//! shared frames without this process. What is too large for that, everything in an unprivileged
+//! mount, and everything of a daemon that grants frames and has no descriptors to give (Xen), is in
+//! page-cache form: read by messages into this kernel's page cache ([`Form`]).
 //!
 //! A file that the host changes: what is open or mapped on frames keeps the whole old content; a new
 //! open gets the new. In page-cache form a file follows the host as on any network file system: within

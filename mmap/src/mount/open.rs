@@ -140,6 +140,11 @@ pub(super) fn too_large(error: &MmapError) -> bool {
     matches!(error, MmapError::Refused { .. }) && of_room.contains(&error.errno())
 }
 
+/// The daemon has no descriptors to give, of any file.
+fn is_unsupported(error: &MmapError) -> bool {
+    matches!(error, MmapError::Refused { errno, .. } if *errno == libc::EOPNOTSUPP)
+}
+
 impl Core {
     /// Answers an open at once if the file is open already and nothing has changed, else passes it
     /// to the openers.
@@ -327,6 +332,11 @@ impl Core {
                 Ok(file) => {
                     let descriptor = file.descriptor()?;
                     Ok(Some((file, descriptor, live.number)))
+                }
+                Err(e) if is_unsupported(&e) => {
+                    tracing::info!(reason = %e, "everything is opened through the page cache");
+                    self.passthrough.store(false, Ordering::Relaxed);
+                    Ok(None)
                 }
                 Err(e) if too_large(&e) => {
                     tracing::info!(reason = %e, "opened through the page cache");

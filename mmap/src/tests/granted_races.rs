@@ -162,6 +162,53 @@ fn local_readers_race_with_windows_taken_back_and_changes() {
 }
 
 #[test]
+fn local_private_stores_race_with_changes_and_none_is_lost() {
+    let (fake, _standin) = Fake::start_granted(BYTES, true);
+    let client = connect_granted(&fake);
+    let mapping = map(&client, &MapOptions::private());
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for thread in 0..4usize {
+            let (mapping, done) = (&mapping, &done);
+            scope.spawn(move || {
+                for page in (thread..PAGES).step_by(4) {
+                    store(mapping, page * PAGE_SIZE + 16, 0xee);
+                    std::thread::sleep(Duration::from_micros(500));
+                    for page in (thread..=page).step_by(4) {
+                        let now = mapping.as_volatile().read_u8(page * PAGE_SIZE + 16);
+                        assert_eq!(now, Some(0xee), "page {page}");
+                    }
+                }
+                done.store(true, Ordering::Relaxed);
+            });
+        }
+        let (fake, done, mapping) = (&fake, &done, &mapping);
+        scope.spawn(move || {
+            let mut round = 0;
+            while !done.load(Ordering::Relaxed) {
+                round += 1;
+                match round % 3 {
+                    0 => {
+                        fake.change(BYTES, false);
+                        fake.tell(round);
+                    }
+                    1 => fake.take_back(round, 0, PAGES as u32),
+                    _ => mapping.unmap_pages(0..mapping.len()).unwrap(),
+                }
+                std::thread::sleep(Duration::from_micros(300));
+            }
+        });
+    });
+    for page in 0..PAGES {
+        let bytes = mapping.as_volatile();
+        assert_eq!(bytes.read_u8(page * PAGE_SIZE + 16), Some(0xee));
+        let first = peek(bytes, page);
+        assert_eq!(first & ((1 << 40) - 1), page as u64 + 1);
+    }
+    assert_eq!(mapping.private_pages(), PAGES as u64);
+}
+
+#[test]
 fn local_mutant_ack_before_unmap_is_noticed() {
     let raced = race(true, 200, false, |m| {
         m.ack_first.store(true, Ordering::SeqCst)

@@ -1,6 +1,7 @@
 //! Programs that checks run inside guests (`copage-xen-lab do NAME …`): one function and one line of the table each.
 
 pub mod frames;
+pub mod library;
 
 use anyhow::Result;
 
@@ -14,6 +15,7 @@ pub const PROGRAMS: &[(&str, Program)] = &[
     ("hostile", crate::hostile::hostile),
     ("map", frames::map),
     ("hold-frames", frames::hold),
+    ("library", library::library),
 ];
 
 /// Prints its arguments: the shortest program there is, to see that programs run.

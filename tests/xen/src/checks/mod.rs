@@ -6,6 +6,7 @@
 mod basic;
 mod channel;
 pub mod frames;
+mod library;
 
 use crate::lab::Lab;
 use anyhow::Result;
@@ -80,6 +81,12 @@ pub const CHECKS: &[Check] = &[
         240,
         "a daemon killed with pages mapped: what the next one finds",
         frames::found_again,
+    ),
+    check(
+        "library",
+        400,
+        "the guest's library in three kinds of guests, pages taken back under readers",
+        library::library,
     ),
     check(
         "rings",
