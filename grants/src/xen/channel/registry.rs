@@ -266,7 +266,8 @@ impl Registry {
                     ChannelError::Refused(text) => text,
                     other => other.to_string(),
                 };
-                tracing::warn!(domain = %domain.peer.name, domid, "refused: {text}");
+                // The guest can do this as often as it likes; the count says how often.
+                tracing::debug!(domain = %domain.peer.name, domid, "refused: {text}");
                 self.refuse(dir, &text, with)
             }
         }
@@ -281,6 +282,9 @@ impl Registry {
             &format!("{dir}/{REFUSAL}"),
             text.get(..REFUSAL_BYTES_MAX).unwrap_or(text),
         )?;
+        if self.refused.iter().any(|(_, known)| *known == dir) {
+            return Ok(());
+        }
         if self.refused.len() >= REFUSED_MAX
             && let Some((_, oldest)) = self.refused.pop_front()
         {
