@@ -29,7 +29,12 @@ apt_for() { # suite
             *) [ -z "$security" ] || echo "deb $keys $security $suite-security main" ;;
         esac
     } > "$dir/sources.list"
-    cat > "$dir/apt.conf" <<CONF
+    # How the machine reaches its mirror. The rest of its settings stay out: they may have hooks that
+    # clear the machine's own caches.
+    APT_CONFIG='' apt-config dump | grep -iE '^Acquire::(https?|ftp|Retries|Proxy)' > "$dir/apt.conf" || true
+    cat >> "$dir/apt.conf" <<CONF
+Dir::Etc::parts "$dir/parts";
+Dir::Etc::main "$dir/none";
 Dir::Etc::sourcelist "$dir/sources.list";
 Dir::Etc::sourceparts "$dir/parts";
 Dir::State::lists "$dir/lists";
