@@ -18,9 +18,9 @@ pub const VALUE_BYTES_MAX: usize = 16;
 /// The longest text of a refusal, in bytes (a node's value has at most 2,048 by xenstored's quota).
 pub const REFUSAL_BYTES_MAX: usize = 200;
 /// Events of a domain's nodes that are looked at, in a second. A session takes about ten.
-pub const EVENTS_PER_SECOND: u32 = 64;
+pub const EVENTS_PER_SECOND: u32 = 32;
 /// The same at once, after a time of rest: eight processes that begin together, and more.
-pub const EVENTS_BURST: u32 = 256;
+pub const EVENTS_BURST: u32 = 128;
 /// How long a domain that sends more is not listened to.
 pub const FLOOD_PAUSE: Duration = Duration::from_secs(5);
 /// Session nodes of one domain that are looked at when all are: more than it may have sessions.

@@ -131,6 +131,10 @@ pub fn deaths(lab: &Lab) -> Result<String> {
     let session = lasting(lab, &pvh)?;
     session.signal(9)?;
     let process = wait_sessions(lab, &daemon, 0)?;
+    ensure!(
+        counter(&daemon, "fenced_lease_expired")? == 0,
+        "only its lease ended it"
+    );
     let session = lasting(lab, &pvh)?;
     daemon.kill()?;
     let begin = Instant::now();
@@ -143,6 +147,10 @@ pub fn deaths(lab: &Lab) -> Result<String> {
     let domid = pvh.domid();
     lab.sh(&format!("xl destroy {domid}"))?.text()?;
     let destroyed = wait_sessions(lab, &daemon, 0)?;
+    ensure!(
+        counter(&daemon, "fenced_lease_expired")? == 0,
+        "only its lease ended it"
+    );
     let audit = daemon.json("audit")?;
     ensure!(audit["ok"] == true, "{audit}");
     daemon.stop()?;
@@ -228,6 +236,10 @@ pub fn hostile(lab: &Lab) -> Result<String> {
     let audit = daemon.json("audit")?;
     ensure!(audit["ok"] == true, "{audit}");
     let stats = daemon.json("stats")?;
+    ensure!(
+        stats["xen"]["channel"]["floods"] != 0,
+        "a flood was listened to: {stats}"
+    );
     seen.push(format!("{}", stats["xen"]["channel"]));
     daemon.stop()?;
     evil.destroy()?;
