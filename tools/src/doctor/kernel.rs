@@ -115,7 +115,7 @@ pub(super) fn xen() -> Option<Finding> {
 
 /// Where the parts of Xen come from.
 const XEN_FIX: &str = "modprobe -a xen-gntdev xen-gntalloc xen-evtchn xen-privcmd; the package of Xen's \
-    libraries (Debian: libxenmisc and libxenstore4 in a guest, xen-utils in the control domain)";
+    libraries (Debian: libxengnttab1, libxenevtchn1, libxenstore4 in a guest; xen-system-amd64 in the control domain)";
 
 fn describe(presence: &Presence) -> Option<Finding> {
     let name = "xen";

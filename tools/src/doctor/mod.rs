@@ -42,8 +42,6 @@ enum State {
     Limited,
     /// It does not.
     Lack,
-    /// Neither good nor bad.
-    Note,
 }
 
 impl State {
@@ -52,7 +50,6 @@ impl State {
             Self::Have => "have",
             Self::Limited => "part",
             Self::Lack => "LACK",
-            Self::Note => "note",
         }
     }
 }
