@@ -415,7 +415,7 @@ fn local_doctor_finds_this_machine_able() {
         );
         let state = finding["state"].as_str().unwrap();
         assert!(
-            ["have", "limited", "lack", "note"].contains(&state),
+            ["have", "limited", "lack"].contains(&state),
             "{finding}"
         );
     }
