@@ -11,15 +11,15 @@
 //!
 //! Neither is sealed: a seal against writing would forbid the daemon's own punch.
 
+use super::twin;
 use crate::error::GrantError;
 use crate::limits::HOME_LABEL_BYTES_MAX;
 use rustix::fs::{AtFlags, CWD, MemfdFlags, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, OpenTreeFlags, fsconfig_create, fsconfig_set_string,
-    fsmount, fsopen, open_tree,
+    FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount,
+    fsopen,
 };
-use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 /// The kind of frame files.
@@ -67,7 +67,7 @@ impl FrameFiles {
                 Err(GrantError::Sys { source, .. })
                     if matches!(
                         source.raw_os_error(),
-                        Some(libc::EPERM | libc::ENOSYS | libc::EACCES)
+                        Some(libc::EPERM | libc::ENOSYS | libc::EACCES | libc::EINVAL)
                     ) && !limited =>
                 {
                     Self::memfd()
@@ -100,14 +100,7 @@ impl FrameFiles {
         let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
         let writable = fsmount(fs.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)
             .map_err(sys("fsmount"))?;
-        let flags = OpenTreeFlags::OPEN_TREE_CLONE
-            | OpenTreeFlags::OPEN_TREE_CLOEXEC
-            | OpenTreeFlags::AT_EMPTY_PATH;
-        let read_only = open_tree(writable.as_fd(), "", flags).map_err(sys("open_tree"))?;
-        make_read_only(read_only.as_fd()).map_err(|source| GrantError::Sys {
-            call: "mount_setattr(read-only)",
-            source,
-        })?;
+        let read_only = twin::read_only(writable.as_fd())?;
         Ok(Self::Mount {
             writable,
             read_only,
@@ -241,32 +234,5 @@ fn huge_policy_is_mild() -> bool {
             .any(|mild| policy.contains(mild)),
         // A kernel without huge pages.
         Err(_) => true,
-    }
-}
-
-/// `mount_setattr(2)` with `MOUNT_ATTR_RDONLY`.
-fn make_read_only(mount: BorrowedFd<'_>) -> io::Result<()> {
-    let attributes = libc::mount_attr {
-        attr_set: MountAttrFlags::MOUNT_ATTR_RDONLY.bits().into(),
-        attr_clr: 0,
-        propagation: 0,
-        userns_fd: 0,
-    };
-    // SAFETY: the path is an empty C string, `attributes` has the kernel's layout and the size that
-    // is passed with it; both live through the call, which writes to neither.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            mount.as_raw_fd(),
-            c"".as_ptr(),
-            libc::AT_EMPTY_PATH,
-            &raw const attributes,
-            size_of::<libc::mount_attr>(),
-        )
-    };
-    if result < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
     }
 }

@@ -23,6 +23,7 @@ mod frames;
 mod handle;
 mod home;
 mod huge;
+mod twin;
 
 pub use frames::FrameStore;
 
