@@ -118,7 +118,7 @@ fn bad_texts_are_told_with_line_and_key() {
             "colour = 1",
             &[
                 "line 1: colour: unknown key",
-                "known here: run_dir, frames_mib",
+                "known here: run_dir, backend, xen, frames_mib",
             ],
         ),
         (
