@@ -36,7 +36,7 @@ impl XenBackend {
         let xen = ForeignMemory::open()?;
         let toolstack = Toolstack::new(&config)?;
         let lock = lock_run_dir(&config)?;
-        toolstack.allow_grant_frames(layout.grant_frames)?;
+        let is_allowed = toolstack.allow_grant_frames(layout.grant_frames)?;
         let mut found = toolstack.find()?;
         let bindings = Arc::new(Bindings::new());
         let tables = GrantTables::new(Spread {
@@ -45,6 +45,7 @@ impl XenBackend {
         })
         .resting_ms(config.gref_rest_ms);
         let mut domains = Vec::new();
+        let mut made = Vec::new();
         for number in 0..layout.domains(config.frames_max) {
             let opener = Opener {
                 xen: &xen,
@@ -52,8 +53,26 @@ impl XenBackend {
                 layout,
                 number,
             };
-            let (domain, table, is_new) = opener.open(found.remove(&number))?;
+            let opened = opener.open(found.remove(&number));
+            if opened.is_err() {
+                // Nobody has heard of the new ones, and the host may need their memory.
+                for &(number, domid) in &made {
+                    toolstack.destroy(number, domid)?;
+                }
+            }
+            let (domain, table, is_new) = opened.map_err(|error| match error {
+                GrantError::CacheDomain { name, why } if !is_allowed => GrantError::CacheDomain {
+                    name,
+                    why: format!(
+                        "{why} (if it is for the grant table: add gnttab_max_frames={} to Xen's \
+                         command line)",
+                        layout.grant_frames
+                    ),
+                },
+                error => error,
+            })?;
             if is_new {
+                made.push((number, domain.domid));
                 tables.add_table(table)?;
             } else {
                 let first = number * layout.frames;

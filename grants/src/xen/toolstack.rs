@@ -80,25 +80,23 @@ impl Toolstack {
         Ok(found)
     }
 
-    /// Sees to it that domains may have grant tables of `frames` frames.
-    pub(super) fn allow_grant_frames(&self, frames: u32) -> Result<(), GrantError> {
-        // The bound when Xen was not told another.
-        const DEFAULT: u32 = 64;
-        let hypfs = match Hypfs::open() {
-            Ok(hypfs) => hypfs,
-            Err(_) if frames <= DEFAULT => return Ok(()),
-            // Perhaps it was on the command line: making the domain will tell.
+    /// Sees to it that domains may have grant tables of `frames` frames. `false`: whether they may is not
+    /// known (perhaps it was said on Xen's command line: making a domain will tell).
+    pub(super) fn allow_grant_frames(&self, frames: u32) -> Result<bool, GrantError> {
+        let read = Hypfs::open().and_then(|hypfs| Ok((hypfs.read(GRANT_FRAMES_PARAM)?, hypfs)));
+        let (now, hypfs) = match read {
+            Ok(read) => read,
             Err(error) => {
-                tracing::warn!(%error, "whether grant tables may be as large as wanted is not known");
-                return Ok(());
+                tracing::warn!(%error, "the hypervisor does not tell how large grant tables may be");
+                return Ok(false);
             }
         };
-        let now = hypfs.read(GRANT_FRAMES_PARAM)?;
         if now.trim().parse::<u32>().is_ok_and(|now| now >= frames) {
-            return Ok(());
+            return Ok(true);
         }
         hypfs
             .write(GRANT_FRAMES_PARAM, &frames.to_string())
+            .map(|()| true)
             .map_err(|error| GrantError::CacheDomain {
                 name: self.prefix.clone(),
                 why: format!(
@@ -124,17 +122,7 @@ impl Toolstack {
         fs::write(&path, text).map_err(sys("writing a cache domain's configuration"))?;
         // -e: no process of xl's stays to watch it.
         let path = path.to_string_lossy();
-        self.run(&name, &["create", "-q", "-p", "-e", &path])
-            .map_err(|error| match error {
-                GrantError::CacheDomain { name, why } => GrantError::CacheDomain {
-                    name,
-                    why: format!(
-                        "{why} (if it is for the grant table: add gnttab_max_frames={grant_frames} \
-                         to Xen's command line)"
-                    ),
-                },
-                error => error,
-            })?;
+        self.run(&name, &["create", "-q", "-p", "-e", &path])?;
         self.find()?
             .remove(&number)
             .ok_or_else(|| GrantError::CacheDomain {

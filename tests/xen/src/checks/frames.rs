@@ -22,7 +22,7 @@ const SOON: Duration = Duration::from_secs(20);
 /// How long a guest holds what it maps when it is not told to let go.
 const LONG_S: u32 = 1000;
 /// A session, not a domid.
-const SESSION: DomId = DomId(700);
+pub const SESSION: DomId = DomId(700);
 const OTHER: DomId = DomId(701);
 
 pub fn config(run_dir: &Path, frames_max: u32) -> XenConfig {
@@ -34,7 +34,7 @@ pub fn config(run_dir: &Path, frames_max: u32) -> XenConfig {
     }
 }
 
-fn home_of(backend: &XenBackend, pages: u64) -> Result<HomeId> {
+pub fn home_of(backend: &XenBackend, pages: u64) -> Result<HomeId> {
     Ok(backend.open_home(&HomeSpec {
         label: "f".into(),
         bytes: pages * PAGE_SIZE as u64,
@@ -42,12 +42,12 @@ fn home_of(backend: &XenBackend, pages: u64) -> Result<HomeId> {
     })?)
 }
 
-fn store(backend: &XenBackend, home: HomeId, page: u64, frame: u32) -> Result<()> {
+pub fn store(backend: &XenBackend, home: HomeId, page: u64, frame: u32) -> Result<()> {
     Ok(backend.store(home, PageIndex(page), &[FrameNo(frame)], &page_of(page))?)
 }
 
 /// Grants frames of one cache domain: as the guest is told them.
-fn grant(backend: &XenBackend, session: DomId, frames: &[FrameNo]) -> Result<String> {
+pub fn grant(backend: &XenBackend, session: DomId, frames: &[FrameNo]) -> Result<String> {
     let mut grants = Vec::new();
     backend.grant(session, Access::ReadOnly, frames, &mut grants)?;
     let table = grants.first().context("nothing granted")?.table;
@@ -70,14 +70,14 @@ fn revoked_soon(lab: &Lab, backend: &XenBackend, session: DomId, frames: &[Frame
     })
 }
 
-fn clean(backend: &XenBackend) -> Result<()> {
+pub fn clean(backend: &XenBackend) -> Result<()> {
     let audit = backend.audit();
     ensure!(audit.differences.is_empty(), "audit: {audit:?}");
     Ok(())
 }
 
 /// Maps in the guest, in the background, and waits until it is mapped.
-fn map<'g, 'a>(lab: &Lab, guest: &'g Guest<'a>, told: &str) -> Result<Background<'g, 'a>> {
+pub fn map<'g, 'a>(lab: &Lab, guest: &'g Guest<'a>, told: &str) -> Result<Background<'g, 'a>> {
     let job = guest.spawn(&format!("copage-xen-lab do map {told} {LONG_S}"))?;
     lab.wait("the guest's mapping", SOON, || {
         let said = job.said()?;
@@ -87,7 +87,7 @@ fn map<'g, 'a>(lab: &Lab, guest: &'g Guest<'a>, told: &str) -> Result<Background
     Ok(job)
 }
 
-fn pages_said(job: &Background<'_, '_>, pages: &[u64]) -> Result<()> {
+pub fn pages_said(job: &Background<'_, '_>, pages: &[u64]) -> Result<()> {
     let said = job.said()?;
     for page in pages {
         let wanted = words(&page_of(*page));
@@ -96,7 +96,7 @@ fn pages_said(job: &Background<'_, '_>, pages: &[u64]) -> Result<()> {
     Ok(())
 }
 
-fn let_go(job: &Background<'_, '_>) -> Result<()> {
+pub fn let_go(job: &Background<'_, '_>) -> Result<()> {
     job.signal(9)?;
     job.wait(SOON)?;
     Ok(())
