@@ -7,6 +7,7 @@ mod basic;
 mod channel;
 pub mod frames;
 mod library;
+mod limits;
 
 use crate::lab::Lab;
 use anyhow::Result;
@@ -81,6 +82,18 @@ pub const CHECKS: &[Check] = &[
         240,
         "a daemon killed with pages mapped: what the next one finds",
         frames::found_again,
+    ),
+    check(
+        "limits",
+        180,
+        "grant table bounds raised; what cannot be had is told",
+        limits::limits,
+    ),
+    check(
+        "destroyed",
+        240,
+        "a cache domain destroyed under its guest",
+        limits::destroyed,
     ),
     check(
         "library",
