@@ -59,8 +59,9 @@ pub fn library(lab: &Lab) -> Result<String> {
                 if said.contains(words) {
                     return Ok(Some(()));
                 }
-                if let Some(output) = job.poll()? {
-                    anyhow::bail!("{}: {output:?}: {said}", guest.name());
+                if job.poll()?.is_some() {
+                    let output = job.wait(Duration::from_secs(1))?;
+                    anyhow::bail!("{}: {}", guest.name(), output.stderr.trim());
                 }
                 Ok(None)
             })?;
