@@ -141,7 +141,7 @@ impl Scene<'_> {
                 "copage: frames {} once + processes {} + left in the host's page cache {} = {}",
                 mib(frames),
                 mib(shared),
-                left_in_page_cache.map_or("(not told to this user)".into(), mib),
+                left_in_page_cache.map_or("(the kernel does not tell)".into(), mib),
                 mib(frames + shared + left),
             ),
         );

@@ -8,6 +8,7 @@ mod channel;
 pub mod frames;
 mod library;
 mod limits;
+mod local;
 
 use crate::lab::Lab;
 use anyhow::Result;
@@ -64,6 +65,12 @@ pub const CHECKS: &[Check] = &[
         60,
         "the daemon is asked, killed, started again, stopped",
         basic::daemon,
+    ),
+    check(
+        "local",
+        300,
+        "copage demo with processes as guests, on dom0's Linux",
+        local::demo,
     ),
     check(
         "cache-domain",
