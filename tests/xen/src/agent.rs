@@ -73,6 +73,11 @@ fn perform(
             jobs.insert(name.to_owned(), job);
             Ok(nothing())
         }
+        ["pipe", name] => {
+            let words: Vec<&str> = std::str::from_utf8(body)?.split('\0').collect();
+            crate::pipe::serve(name, &words)?;
+            Ok(nothing())
+        }
         ["wait", name, ms] => {
             let job = jobs.get_mut(name).context("no such job")?;
             let ended = job.wait(Duration::from_millis(ms.parse()?))?;

@@ -5,6 +5,7 @@ use crate::job::{Ended, Job};
 use crate::output::Output;
 use anyhow::{Context, Result, bail};
 use rustix::process::Signal;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -60,6 +61,14 @@ impl Lab {
     /// A file that stays, on the host, with the run's logs.
     pub fn log(&self, name: &str) -> PathBuf {
         self.logs.join(format!("{}.{name}", self.check))
+    }
+
+    /// Shows a line among the results, as it is.
+    pub fn show(&self, line: &str) -> Result<()> {
+        let results = self.logs.join("results");
+        let mut file = std::fs::File::options().append(true).open(results)?;
+        file.write_all(format!("{line}\n").as_bytes())?;
+        Ok(())
     }
 
     /// Makes every wait of the check end with an error.

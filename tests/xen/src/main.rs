@@ -4,6 +4,7 @@
 //!     copage-xen-lab run --dir DIR [NAME…]      in dom0: runs checks, writes DIR/results
 //!     copage-xen-lab shell                      in dom0: starts a guest for a person
 //!     copage-xen-lab in GUEST COMMAND…          in dom0: a command in a guest
+//!     copage-xen-lab pipe GUEST -- PROGRAM…     in dom0: a program in a guest, with this one's input and output
 //!     copage-xen-lab agent                      in a guest: does what dom0 asks for
 //!     copage-xen-lab do PROGRAM [ARGUMENT…]     in a guest: a program that a check needs there
 #![forbid(unsafe_code)]
@@ -16,6 +17,7 @@ mod hostile;
 mod job;
 mod lab;
 mod output;
+mod pipe;
 mod programs;
 mod runner;
 mod store;
@@ -65,6 +67,8 @@ fn perform() -> Result<ExitCode> {
         }
         ["shell"] => shell()?,
         ["in", name, command @ ..] => return in_guest(name, &command.join(" ")),
+        ["pipe", name, "--", program @ ..] => return pipe::run(name, program),
+        ["pipe-warden", domid, pipe] => pipe::warden(domid.parse()?, pipe)?,
         ["agent"] => agent::serve()?,
         ["do", name, arguments @ ..] => {
             let program = programs::PROGRAMS.iter().find(|p| p.0 == *name);
@@ -72,7 +76,7 @@ fn perform() -> Result<ExitCode> {
                 .with_context(|| format!("no such program: {name}"))?
                 .1(arguments)?;
         }
-        _ => bail!("copage-xen-lab list|limit|run|shell|in|agent|do …"),
+        _ => bail!("copage-xen-lab list|limit|run|shell|in|pipe|agent|do …"),
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -15,6 +15,7 @@ use std::time::Duration;
 const READ: u32 = 2;
 const WATCH: u32 = 4;
 const WRITE: u32 = 11;
+const RM: u32 = 13;
 const WATCH_EVENT: u32 = 15;
 const ERROR: u32 = 16;
 /// Bytes of a message behind its header, at most (XENSTORE_PAYLOAD_MAX).
@@ -62,6 +63,15 @@ impl Store {
         match self.ask(WRITE, &[path.as_bytes(), b"\0", value])? {
             Ok(_) => Ok(()),
             Err(name) => bail!("writing {path}: {name}"),
+        }
+    }
+
+    /// Removes a node and what is below it. That there is none is no error.
+    pub fn remove(&mut self, path: &str) -> Result<()> {
+        match self.ask(RM, &[path.as_bytes(), b"\0"])? {
+            Ok(_) => Ok(()),
+            Err(name) if name == "ENOENT" => Ok(()),
+            Err(name) => bail!("removing {path}: {name}"),
         }
     }
 

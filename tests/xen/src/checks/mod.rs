@@ -5,6 +5,7 @@
 
 mod basic;
 mod channel;
+mod demo;
 pub mod frames;
 mod library;
 mod limits;
@@ -53,6 +54,12 @@ pub const CHECKS: &[Check] = &[
         120,
         "commands in guests are started, limited and ended",
         basic::helpers,
+    ),
+    check(
+        "pipes",
+        150,
+        "a program in a guest with dom0's input and output",
+        demo::pipes,
     ),
     check(
         "doctor",
@@ -131,5 +138,11 @@ pub const CHECKS: &[Check] = &[
         300,
         "garbage and floods in xenstore and in a ring from a guest",
         channel::hostile,
+    ),
+    check(
+        "demo",
+        540,
+        "copage demo with a PVH, a PV and another PVH guest; its screen",
+        demo::demo,
     ),
 ];
