@@ -69,7 +69,10 @@ impl Cache {
         let mut seen = HashSet::new();
         let mut exact = true;
         let mut pins = Pins::default();
-        let pin_moves = self.frames.lock().pin_moves;
+        let (pin_moves, frame_moves) = {
+            let table = self.frames.lock();
+            (table.pin_moves, table.frame_moves)
+        };
         for file in self.all_files() {
             let mut inner = file.inner.lock();
             report.files += 1;
@@ -126,6 +129,7 @@ impl Cache {
             report.differs(format!("{all} frames are counted of {}", table.capacity()));
         }
         // Only when nothing moved: files were looked at one after the other.
+        exact &= table.frame_moves == frame_moves;
         if exact && table.count(FrameState::Filling) == 0 && seen.len() as u32 != resident {
             report.differs(format!(
                 "{resident} frames hold pages, {} are in indexes",

@@ -76,6 +76,8 @@ pub(crate) struct FrameTable {
     pub pin_pages: u64,
     /// How often the charges for pins were changed: tells the audit that it looked at a moving thing.
     pub pin_moves: u64,
+    /// How often a frame came to hold something or ceased to: the same for frames.
+    pub frame_moves: u64,
 }
 
 impl FrameTable {
@@ -103,6 +105,7 @@ impl FrameTable {
             accounts: Accounts::default(),
             pin_pages: 0,
             pin_moves: 0,
+            frame_moves: 0,
         };
         table.counts[FrameState::Filling as usize] = frames;
         for n in 0..frames {
@@ -180,6 +183,8 @@ impl FrameTable {
         let old = self.metas[frame.0 as usize].state;
         self.counts[old as usize] -= 1;
         self.counts[state as usize] += 1;
+        let is_empty = |s| matches!(s, FrameState::Free | FrameState::Filling);
+        self.frame_moves += u64::from(is_empty(old) != is_empty(state));
         self.metas[frame.0 as usize].state = state;
         let Some(ends) = self.queues.get_mut(state as usize) else {
             return;

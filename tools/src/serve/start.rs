@@ -246,6 +246,8 @@ fn xen_backend(config: &Config) -> Result<Arc<dyn Backend>, ServeError> {
         // Its range ends far below 2^32.
         cache_domain_mib: config.xen.cache_domain_mib as u32,
         run_dir: config.run_dir.clone(),
+        // A guest maps nothing more when its lease is over; the daemon counts 1 % longer.
+        gref_rest_ms: u64::from(config.lease_ttl_ms) * 102 / 100,
         ..XenConfig::default()
     };
     match XenBackend::new(xen) {
