@@ -2,6 +2,7 @@
 
 pub mod frames;
 pub mod library;
+pub mod reader;
 
 use anyhow::Result;
 
@@ -16,6 +17,7 @@ pub const PROGRAMS: &[(&str, Program)] = &[
     ("map", frames::map),
     ("hold-frames", frames::hold),
     ("library", library::library),
+    ("reader", reader::reader),
 ];
 
 /// Prints its arguments: the shortest program there is, to see that programs run.

@@ -7,6 +7,7 @@ mod basic;
 mod channel;
 mod demo;
 pub mod frames;
+mod kills;
 mod library;
 mod limits;
 mod local;
@@ -114,6 +115,12 @@ pub const CHECKS: &[Check] = &[
         400,
         "the guest's library in three kinds of guests, pages taken back under readers",
         library::library,
+    ),
+    check(
+        "kills",
+        400,
+        "the daemon is killed ten times under guests that map",
+        kills::ten,
     ),
     check(
         "rings",

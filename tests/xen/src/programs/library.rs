@@ -22,7 +22,7 @@ pub fn content(version: u64, pages: u64) -> Vec<u8> {
 }
 
 /// The version that every word of a page shows; they may rise within it as it is replaced.
-fn version_of(bytes: VolatileBytes<'_>, page: usize, least: u64) -> Result<u64> {
+pub(super) fn version_of(bytes: VolatileBytes<'_>, page: usize, least: u64) -> Result<u64> {
     let mut data = [0; PAGE_SIZE];
     let got = bytes.read_into(page * PAGE_SIZE, &mut data);
     ensure!(got == PAGE_SIZE, "page {page}: {got} bytes");
@@ -44,7 +44,7 @@ fn say(words: &str) -> Result<()> {
 }
 
 /// A number from 0 to below `below`.
-fn next(x: &mut u64, below: usize) -> usize {
+pub(super) fn next(x: &mut u64, below: usize) -> usize {
     *x = x
         .wrapping_mul(6364136223846793005)
         .wrapping_add(1442695040888963407);
