@@ -23,6 +23,11 @@ pub fn serve() -> Result<()> {
     let mut jobs = HashMap::new();
     let mut last = String::new();
     store.watch("data/lab/request")?;
+    std::thread::spawn(|| {
+        if let Err(error) = crate::pipe::serve() {
+            eprintln!("lab: pipes: {error:#}");
+        }
+    });
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease")?;
     store.write("data/lab/agent", release.trim().as_bytes())?;
     loop {
@@ -71,11 +76,6 @@ fn perform(
             command.arg("-c").arg(std::str::from_utf8(body)?);
             let job = Job::start(command, Path::new(JOBS), name)?;
             jobs.insert(name.to_owned(), job);
-            Ok(nothing())
-        }
-        ["pipe", name] => {
-            let words: Vec<&str> = std::str::from_utf8(body)?.split('\0').collect();
-            crate::pipe::serve(name, &words)?;
             Ok(nothing())
         }
         ["wait", name, ms] => {

@@ -188,12 +188,6 @@ impl<'a> Guest<'a> {
         })
     }
 
-    /// Starts a program in it whose input and output go through the nodes of this pipe.
-    pub fn start_piped(&self, pipe: &str, words: &[&str]) -> Result<()> {
-        self.call(&format!("pipe {pipe}"), words.join("\0").as_bytes())?;
-        Ok(())
-    }
-
     /// Writes a file in it.
     pub fn write_file(&self, path: &str, bytes: &[u8]) -> Result<()> {
         self.run(&format!("rm -f '{path}'"))?.text()?;

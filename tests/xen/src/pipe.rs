@@ -5,27 +5,24 @@
 //!
 //! | node | written by | holds |
 //! |---|---|---|
+//! | `start` | dom0 | the program and its arguments, a zero byte between them |
 //! | `in` | dom0 | `SEQ more\n` and bytes, or `SEQ end\n` |
 //! | `taken` | the guest | the last SEQ that the program's input has |
 //! | `out` | the guest | `SEQ\n` and bytes |
 //! | `had` | dom0 | the last SEQ that is written out |
-//! | `ended` | the guest | `exit N` or `signal N`, after the last `out` was had |
+//! | `ended` | the guest | `exit N` or `signal N` after the last `out` was had; `failed WHY` |
 //! | `kill` | dom0 | the program is to be killed |
 //!
 //! A second process in dom0, the warden, outlives the first: it has the program killed when that ends
 //! before the program does, and removes the nodes.
 
 use crate::agent::split;
-use crate::guest::Guest;
 use crate::job::Ended;
-use crate::lab::Lab;
 use crate::store::{PAYLOAD_MAX, Store};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process_group};
 use std::io::{Read, Write};
-use std::mem::ManuallyDrop;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
@@ -62,29 +59,54 @@ fn wait_for<T>(
     }
 }
 
-/// The guest's end: starts `words` as a program.
-pub fn serve(name: &str, words: &[&str]) -> Result<()> {
-    let (program, arguments) = words.split_first().context("no program")?;
+/// The guest's end: starts what dom0 asks for, as long as the guest runs.
+pub fn serve() -> Result<()> {
+    let mut store = Store::of_guest()?;
+    store.watch("data/lab/pipes")?;
+    let mut known = Vec::new();
+    loop {
+        let names = store.list("data/lab/pipes")?;
+        known.retain(|name| names.contains(name));
+        for name in names {
+            if known.contains(&name) {
+                continue;
+            }
+            let Some(words) = store.read(&below("", &name, "start"))? else {
+                continue;
+            };
+            if let Err(error) = start(&name, &String::from_utf8_lossy(&words)) {
+                let text = format!("failed {error:#}");
+                store.write(&below("", &name, "ended"), text.as_bytes())?;
+            }
+            known.push(name);
+        }
+        store.wait(Duration::from_secs(3600))?;
+    }
+}
+
+fn start(name: &str, words: &str) -> Result<()> {
+    let mut words = words.split('\0');
+    let program = words.next().context("no program")?;
     let mut child = Command::new(program)
-        .args(arguments)
+        .args(words)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .process_group(0)
         .spawn()
-        .with_context(|| (*program).to_owned())?;
+        .with_context(|| program.to_owned())?;
     let input = child.stdin.take().context("its input")?;
     let output = child.stdout.take().context("its output")?;
     let name = name.to_owned();
     std::thread::spawn(move || {
-        let served = serve_started(&name, child, input, output);
-        if let Err(error) = served {
+        if let Err(error) = attend(&name, child, input, output) {
             eprintln!("lab: pipe {name}: {error:#}");
         }
     });
     Ok(())
 }
 
-fn serve_started(
+/// Sends what the program says, and how it ended.
+fn attend(
     name: &str,
     mut child: Child,
     input: impl Write + Send + 'static,
@@ -170,30 +192,36 @@ fn kill_when_told(name: &str, group: Pid) -> Result<()> {
 
 /// Dom0's end. The exit status is the program's, 128 and the signal's number when one ended it.
 pub fn run(name: &str, words: &[&str]) -> Result<ExitCode> {
+    let found = Command::new("xl").args(["domid", name]).output();
+    let domid = String::from_utf8(found.context("xl")?.stdout)?;
+    let domid = domid
+        .trim()
+        .parse()
+        .with_context(|| format!("no guest {name}"))?;
     let pipe = format!("pipe{}", std::process::id());
-    let lab = Lab::new(&pipe, Path::new("/share"))?;
-    let domid = lab.sh(&format!("xl domid {name}"))?.text()?.parse()?;
-    // Dropped it would be destroyed.
-    let guest = ManuallyDrop::new(Guest::existing(&lab, name, domid, Instant::now())?);
-    std::fs::remove_dir_all(lab.work())?;
     let nodes = Nodes {
         domid,
         pipe: pipe.clone(),
     };
     let mut store = Store::of_dom0()?;
+    let agent = format!("/local/domain/{domid}/data/lab/agent");
+    ensure!(
+        store.read(&agent)?.is_some(),
+        "{name} has no agent, or is not up"
+    );
     store.watch(&nodes.at("out"))?;
     store.watch(&nodes.at("ended"))?;
     store.watch(&nodes.alive())?;
     store.write(&nodes.at("in"), b"")?;
     // It sees the end of this process, however that comes, by the end of its own input.
     let _warden = Command::new(std::env::current_exe()?)
-        .args(["pipe-warden", &domid.to_string(), &pipe])
+        .args(["pipe-warden", &nodes.domid.to_string(), &pipe])
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .process_group(0)
         .spawn()
         .context("the warden")?;
-    guest.start_piped(&pipe, words)?;
+    store.write(&nodes.at("start"), words.join("\0").as_bytes())?;
     std::thread::spawn(move || {
         if let Err(error) = nodes.send_input() {
             eprintln!("copage-xen-lab: {}: {error:#}", nodes.pipe);
@@ -306,6 +334,7 @@ fn ended_by(words: &[u8]) -> Result<Ended> {
     match words.split_once(' ') {
         Some(("exit", code)) => Ok(Ended::Exit(code.parse()?)),
         Some(("signal", signal)) => Ok(Ended::Signal(signal.parse()?)),
+        Some(("failed", why)) => bail!("{why}"),
         _ => bail!("the guest says that the program ended with {words:?}"),
     }
 }

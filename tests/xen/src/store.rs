@@ -12,6 +12,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 /// Kinds of messages: enum xsd_sockmsg_type.
+const DIRECTORY: u32 = 1;
 const READ: u32 = 2;
 const WATCH: u32 = 4;
 const WRITE: u32 = 11;
@@ -55,6 +56,19 @@ impl Store {
             Ok(value) => Ok(Some(value)),
             Err(name) if name == "ENOENT" => Ok(None),
             Err(name) => bail!("reading {path}: {name}"),
+        }
+    }
+
+    /// The names below a node; none if it is not there.
+    pub fn list(&mut self, path: &str) -> Result<Vec<String>> {
+        match self.ask(DIRECTORY, &[path.as_bytes(), b"\0"])? {
+            Ok(names) => {
+                let names = String::from_utf8_lossy(&names).into_owned();
+                let names = names.split_terminator('\0');
+                Ok(names.map(str::to_owned).collect())
+            }
+            Err(name) if name == "ENOENT" => Ok(Vec::new()),
+            Err(name) => bail!("listing {path}: {name}"),
         }
     }
 

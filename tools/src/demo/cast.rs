@@ -4,6 +4,7 @@
 use anyhow::{Context, Result};
 use serde::Deserialize;
 use std::path::Path;
+use std::time::Duration;
 
 /// One guest.
 #[derive(Clone, Debug, Deserialize)]
@@ -94,6 +95,15 @@ pub struct Scale {
     pub load_pages: u64,
     /// How long readers read before and after a change, in ms.
     pub watch_ms: u64,
+    /// How long a thing may take that should take no time, in ms.
+    pub soon_ms: u64,
+}
+
+impl Scale {
+    /// How long a thing may take that should take no time.
+    pub fn soon(&self) -> Duration {
+        Duration::from_millis(self.soon_ms)
+    }
 }
 
 /// On this machine.
@@ -105,15 +115,17 @@ pub const LOCAL: Scale = Scale {
     changed_pages: 2048,
     load_pages: 16_384,
     watch_ms: 700,
+    soon_ms: 5000,
 };
 
 /// Under a hypervisor, which may well be emulated.
 pub const XEN: Scale = Scale {
     frames_mib: 48,
-    lease_ttl_ms: 5000,
+    lease_ttl_ms: 10_000,
     files_bytes_max: 12 << 20,
     files_max: 60,
     changed_pages: 256,
     load_pages: 2048,
     watch_ms: 4000,
+    soon_ms: 20_000,
 };

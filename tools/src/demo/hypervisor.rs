@@ -52,18 +52,23 @@ impl Scene<'_> {
         Ok(())
     }
 
-    /// A frame that every guest maps through an entry of its own, by the bits that only the hypervisor
-    /// sets.
-    pub fn frame_of_domains(&mut self) -> Result<()> {
+    pub(super) fn grant_lines(&self) -> Result<Vec<GrantLine>> {
         let request = AdminRequest::Grants {
             guest: None,
             entries_max: Some(ENTRIES_MAX),
         };
-        let AdminReply::Grants(grants) = self.daemon.ask(&request)? else {
-            bail!("grants was answered by something else");
-        };
+        match self.daemon.ask(&request)? {
+            AdminReply::Grants(grants) => Ok(grants.entries),
+            other => bail!("grants was answered by {other:?}"),
+        }
+    }
+
+    /// A frame that every guest maps through an entry of its own, by the bits that only the hypervisor
+    /// sets.
+    pub fn frame_of_domains(&mut self) -> Result<()> {
+        let entries = self.grant_lines()?;
         let mut by_frame: BTreeMap<u32, Vec<&GrantLine>> = BTreeMap::new();
-        for line in grants.entries.iter().filter(|line| line.mapped) {
+        for line in entries.iter().filter(|line| line.mapped) {
             by_frame.entry(line.frame).or_default().push(line);
         }
         let everywhere = |lines: &[&GrantLine]| {

@@ -3,6 +3,7 @@
 
 pub mod agent;
 pub mod cast;
+pub mod deaths;
 pub mod files;
 pub mod hypervisor;
 pub mod memory;
@@ -156,7 +157,12 @@ pub fn run(args: &DemoArgs) -> Result<ExitCode> {
         run_program::show(scene.report, &daemon, &root)?;
     }
     scene.host_change()?;
-    scene.deaths()?;
+    scene.killed()?;
+    if scene.hypervisor {
+        scene.paused()?;
+    } else {
+        scene.stopped()?;
+    }
     scene.budget()?;
     scene.audit()?;
     let scratch = scene.scratch.clone();

@@ -14,9 +14,6 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// How long a thing may take that should take no time.
-const SOON: Duration = Duration::from_secs(5);
-
 /// What the steps share.
 pub struct Scene<'a> {
     /// The screen.
@@ -44,7 +41,7 @@ impl Scene<'_> {
     }
 
     /// Grants of the guest with this name; `None` when the daemon knows no session of it.
-    fn grants_of(&self, name: &str) -> Result<Option<u64>> {
+    pub(super) fn grants_of(&self, name: &str) -> Result<Option<u64>> {
         match self.daemon.ask(&AdminRequest::Guests)? {
             AdminReply::Guests { guests } => Ok(guests
                 .iter()
@@ -258,51 +255,6 @@ impl Scene<'_> {
         Ok(())
     }
 
-    /// A guest is killed and one is stopped past its term.
-    pub fn deaths(&mut self) -> Result<()> {
-        let victim = self.guests.pop().context("a guest to kill")?;
-        let name = format!("guest{}", self.guests.len() + 1);
-        let had = self.grants_of(&name)?.unwrap_or(0);
-        victim.kill()?;
-        let gone = wait_until(SOON, || Ok(self.grants_of(&name)?.is_none()))?;
-        self.report.line(
-            "kill -9",
-            gone.is_some() && had > 0,
-            format!(
-                "{name}: its {had} grants revoked and its domid free {}",
-                gone.map_or("NOT within 5 s".into(), |took| format!(
-                    "after {:.0} ms",
-                    took.as_secs_f64() * 1e3
-                )),
-            ),
-        );
-        let mut sleeper = self.guests.pop().context("a guest to stop")?;
-        let name = format!("guest{}", self.guests.len() + 1);
-        let had = self.grants_of(&name)?.unwrap_or(0);
-        sleeper.stop()?;
-        let limit = Duration::from_millis(u64::from(self.scale.lease_ttl_ms) * 3);
-        let gone = wait_until(limit, || Ok(self.grants_of(&name)?.is_none()))?;
-        sleeper.resume()?;
-        let refused = matches!(
-            sleeper.ask(&Order::Read {
-                mapping: self.files.len(),
-                page: 0
-            })?,
-            Answer::Refused { .. }
-        );
-        self.report.line(
-            "stopped",
-            gone.is_some() && refused && had > 0,
-            format!(
-                "{name}: fenced {} (lease {:.1} s), its {had} grants drained; resumed, its old pages are {}",
-                gone.map_or("NOT in time".into(), |took| format!("after {:.1} s", took.as_secs_f64())),
-                f64::from(self.scale.lease_ttl_ms) / 1e3,
-                if refused { "refused (SIGBUS)" } else { "STILL READABLE" },
-            ),
-        );
-        Ok(())
-    }
-
     /// The budget is cut to half of what the guests read at random.
     pub fn budget(&mut self) -> Result<()> {
         let path = self.scratch.join("load");
@@ -330,7 +282,7 @@ impl Scene<'_> {
         self.daemon.ask(&AdminRequest::SetBudget {
             frames_mib: half_mib,
         })?;
-        let within = wait_until(SOON, || {
+        let within = wait_until(self.scale.soon(), || {
             Ok(self.stats()?.frames_used * PAGE_SIZE_U64 <= set / 2)
         })?;
         let took = begin.elapsed();
@@ -350,7 +302,7 @@ impl Scene<'_> {
             "budget",
             wrong == 0 && within.is_some() && used <= set / 2,
             format!(
-                "{} read at random by {} guests; budget cut to {half_mib} MiB in {:.0} ms: {} wrong pages; \
+                "{} read at random by {} guest(s); budget cut to {half_mib} MiB in {:.0} ms: {} wrong pages; \
                  {:.0} pages/s before, {:.0} after (each other page comes from the disk again)",
                 mib(set),
                 self.guests.len(),

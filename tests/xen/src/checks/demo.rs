@@ -8,8 +8,8 @@ use std::time::Duration;
 
 /// How long the demo may take when all guests are up.
 const DEMO_LIMIT: Duration = Duration::from_secs(300);
-/// What the demo shares: a directory of dom0 with libraries and modules.
-const DIR: &str = "/usr/lib";
+/// What the demo shares: programs, libraries and modules of dom0.
+const DIR: &str = "/usr";
 
 /// The kinds of the demo's guests. The last is destroyed, the one before it paused.
 const KINDS: [Kind; 3] = [Kind::Pvh, Kind::Pv, Kind::Pvh];
@@ -99,6 +99,8 @@ pub fn pipes(lab: &Lab) -> Result<String> {
     ensure!(status.text()? == "7", "{status:?}");
     let signal = lab.sh(&format!("{pipe} sh -c 'kill -11 $$'; echo $?"))?;
     ensure!(signal.text()? == "139", "{signal:?}");
+    let none = lab.sh(&format!("{pipe} no-such-program"))?;
+    ensure!(none.stderr.contains("os error 2"), "{none:?}");
     let gone = || -> Result<Option<()>> {
         let found = guest.run("pidof sleep")?;
         Ok(found.stdout.trim().is_empty().then_some(()))
@@ -125,8 +127,10 @@ pub fn pipes(lab: &Lab) -> Result<String> {
         let said = std::fs::read_to_string(&left.err)?;
         Ok(said.contains("gone").then_some(said))
     })?;
-    let left = lab.sh("xenstore-ls /local/domain | grep -c pipe")?;
-    ensure!(left.stdout.trim() == "0", "nodes stayed: {left:?}");
+    lab.wait("the pipes' nodes to go", Duration::from_secs(20), || {
+        let nodes = lab.sh("xenstore-ls /local/domain")?;
+        Ok((!nodes.text()?.contains("pipe")).then_some(()))
+    })?;
     Ok(format!(
         "20 kB both ways, status 7, SIGSEGV, killed, paused, destroyed ({})",
         said.trim()
