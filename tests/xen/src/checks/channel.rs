@@ -246,3 +246,34 @@ pub fn hostile(lab: &Lab) -> Result<String> {
     honest.destroy()?;
     Ok(seen.join("; "))
 }
+
+/// A mount in a guest, through its page cache: ordinary programs read from it and run off it.
+pub fn mount(lab: &Lab) -> Result<String> {
+    let guest = Guest::start(lab, Kind::Pvh, "mounting", 160)?;
+    let mut daemon = daemon(lab, "mounting")?;
+    let share = lab.work().join("share");
+    std::fs::copy("/bin/busybox", share.join("busybox"))?;
+    let mounted = guest.spawn("mkdir /mnt/s && exec copage mount share /mnt/s")?;
+    lab.wait("the mount", Duration::from_secs(60), || {
+        if let Some(ended) = mounted.poll()? {
+            bail!("the mount ended: {ended:?}: {}", mounted.said()?);
+        }
+        Ok(guest.run("test -f /mnt/s/short")?.success().then_some(()))
+    })?;
+    let here = lab.sh(&format!("md5sum < {}", share.join("long").display()))?;
+    let there = guest.run_for("md5sum < /mnt/s/long", Duration::from_secs(60))?;
+    ensure!(
+        here.text()? == there.text()?,
+        "another file came: {there:?}"
+    );
+    let ran = guest.run_for("/mnt/s/busybox echo ran", Duration::from_secs(60))?;
+    ensure!(ran.text()? == "ran", "{ran:?}");
+    let refused = guest.run("echo x > /mnt/s/short")?;
+    ensure!(!refused.success(), "the mount could be written");
+    guest.run("umount /mnt/s")?.text()?;
+    let ended = mounted.wait(Duration::from_secs(20))?;
+    ensure!(ended.success(), "{ended:?}");
+    daemon.stop()?;
+    guest.destroy()?;
+    Ok("3 MB read and a program run off a mount in a PVH guest".into())
+}

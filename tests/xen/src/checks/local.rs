@@ -17,5 +17,17 @@ pub fn demo(lab: &Lab) -> Result<String> {
     std::fs::write(lab.log("txt"), format!("{}{}", demo.stdout, demo.stderr))?;
     let lines = demo.text()?.lines().count();
     ensure!(lines > 12, "{lines} lines: {}", demo.stdout);
-    Ok(format!("Linux {release}: {lines} lines, all of them so"))
+    let mounted = lab.sh_for(
+        "copage serve --backend local --export bin=/bin & \
+         mkdir -p /mnt/bin; for n in $(seq 30); do copage stats >/dev/null 2>&1 && break; sleep 1; done; \
+         copage mount bin /mnt/bin & \
+         for n in $(seq 30); do test -f /mnt/bin/busybox && break; sleep 1; done; \
+         cmp /bin/busybox /mnt/bin/busybox && /mnt/bin/busybox echo ran; \
+         umount /mnt/bin; copage stop; wait",
+        DEMO_LIMIT,
+    )?;
+    ensure!(mounted.text()?.contains("ran"), "{mounted:?}");
+    Ok(format!(
+        "Linux {release}: {lines} lines of the demo, all of them so; a program run off a mount"
+    ))
 }

@@ -117,6 +117,12 @@ pub const CHECKS: &[Check] = &[
         library::library,
     ),
     check(
+        "mount",
+        180,
+        "a mount in a guest, through its page cache",
+        channel::mount,
+    ),
+    check(
         "kills",
         400,
         "the daemon is killed ten times under guests that map",
