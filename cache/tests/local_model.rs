@@ -255,7 +255,10 @@ fn step(rig: &mut Rig, model: &mut Model, op: Op) {
 fn no_room_for(rig: &Rig, pages: u64) {
     let stats = rig.cache.stats();
     let held = u64::from(stats.frames_pinned) + u64::from(stats.frames_quarantined);
-    assert!(held + pages > u64::from(stats.frames_max), "{pages} pages: {stats:?}");
+    assert!(
+        held + pages > u64::from(stats.frames_max),
+        "{pages} pages: {stats:?}"
+    );
 }
 
 fn run(force: bool, ops: Vec<Op>) {

@@ -414,10 +414,7 @@ fn local_doctor_finds_this_machine_able() {
             "{finding}"
         );
         let state = finding["state"].as_str().unwrap();
-        assert!(
-            ["have", "limited", "lack"].contains(&state),
-            "{finding}"
-        );
+        assert!(["have", "limited", "lack"].contains(&state), "{finding}");
     }
     assert!(findings.len() > 12);
 }

@@ -72,7 +72,7 @@ fn nodes() -> Result<()> {
         let dir = format!("data/copage/evil-{tries}");
         for node in ["version", "ring-ref", "port-to-daemon", "port-to-guest"] {
             let value = values[numbers.next() as usize % values.len()];
-            if numbers.next() % 8 != 0 {
+            if !numbers.next().is_multiple_of(8) {
                 store.write(&format!("{dir}/{node}"), value)?;
             }
         }
