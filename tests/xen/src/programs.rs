@@ -2,6 +2,7 @@
 
 pub mod frames;
 pub mod library;
+pub mod measure;
 pub mod reader;
 
 use anyhow::Result;
@@ -18,6 +19,7 @@ pub const PROGRAMS: &[(&str, Program)] = &[
     ("hold-frames", frames::hold),
     ("library", library::library),
     ("reader", reader::reader),
+    ("measure", measure::measure),
 ];
 
 /// Prints its arguments: the shortest program there is, to see that programs run.

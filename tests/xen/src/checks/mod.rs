@@ -11,6 +11,7 @@ mod kills;
 mod library;
 mod limits;
 mod local;
+mod measure;
 
 use crate::lab::Lab;
 use anyhow::Result;
@@ -157,5 +158,11 @@ pub const CHECKS: &[Check] = &[
         540,
         "copage demo with a PVH, a PV and another PVH guest; its screen",
         demo::demo,
+    ),
+    check(
+        "measure",
+        360,
+        "costs beside the bare operations, as ratios: map, fault, entries",
+        measure::measure,
     ),
 ];
