@@ -5,7 +5,7 @@ use super::scenario::Scene;
 use super::stage::{ask_all, wait_until};
 use anyhow::{Context, Result};
 use std::collections::BTreeSet;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 impl Scene<'_> {
     /// A guest ends at once.
@@ -13,8 +13,11 @@ impl Scene<'_> {
         let victim = self.guests.pop().context("a guest to kill")?;
         let name = victim.part().name.clone();
         let had = self.grants_of(&name)?.unwrap_or(0);
+        // With what the command takes.
+        let begin = Instant::now();
         victim.kill()?;
         let gone = wait_until(self.scale.soon(), || Ok(self.grants_of(&name)?.is_none()))?;
+        let gone = gone.map(|_| begin.elapsed());
         let (topic, free) = match self.hypervisor {
             true => ("destroyed", "session over"),
             false => ("kill -9", "domid free"),

@@ -302,14 +302,17 @@ impl Scene<'_> {
             "budget",
             wrong == 0 && within.is_some() && used <= set / 2,
             format!(
-                "{} read at random by {} guest(s); budget cut to {half_mib} MiB in {:.0} ms: {} wrong pages; \
-                 {:.0} pages/s before, {:.0} after (each other page comes from the disk again)",
+                "{} read at random by {} guest{}; budget cut to {half_mib} MiB in {:.0} ms: {} wrong pages; \
+                 {:.0} pages/s before, {:.0} after (each other page comes from the {} again)",
                 mib(set),
                 self.guests.len(),
+                if self.guests.len() == 1 { "" } else { "s" },
                 took.as_secs_f64() * 1e3,
                 wrong,
                 rate(&full),
                 rate(&half),
+                // What a hypervisor's control domain has its files on, nobody told.
+                if self.hypervisor { "host's file" } else { "disk" },
             ),
         );
         Ok(())
