@@ -1,12 +1,14 @@
 //! The laboratory's own program, one for all places:
 //!
-//!     copage-xen-lab list | limit [NAME…]       on any machine: which checks there are, how long they may take
-//!     copage-xen-lab run --dir DIR [NAME…]      in dom0: runs checks, writes DIR/results
-//!     copage-xen-lab shell                      in dom0: starts a guest for a person
-//!     copage-xen-lab in GUEST COMMAND…          in dom0: a command in a guest
-//!     copage-xen-lab pipe GUEST -- PROGRAM…     in dom0: a program in a guest, with this one's input and output
-//!     copage-xen-lab agent                      in a guest: does what dom0 asks for
-//!     copage-xen-lab do PROGRAM [ARGUMENT…]     in a guest: a program that a check needs there
+//! ```text
+//! copage-xen-lab list | limit [NAME…]       on any machine: which checks there are, how long they may take
+//! copage-xen-lab run --dir DIR [NAME…]      in dom0: runs checks, writes DIR/results
+//! copage-xen-lab shell                      in dom0: starts a guest for a person
+//! copage-xen-lab in GUEST COMMAND…          in dom0: a command in a guest
+//! copage-xen-lab pipe GUEST -- PROGRAM…     in dom0: a program in a guest, with this one's input and output
+//! copage-xen-lab agent                      in a guest: does what dom0 asks for
+//! copage-xen-lab do PROGRAM [ARGUMENT…]     in a guest: a program that a check needs there
+//! ```
 #![forbid(unsafe_code)]
 
 mod agent;

@@ -9,7 +9,7 @@ use std::process::ExitCode;
 
 /// Lets a Xen domain use exports.
 ///
-/// It lasts until the daemon stops; what is to last is a [[guest]] with domain or uuid in the
+/// It lasts until the daemon stops; what is to last is a guest with domain or uuid in the
 /// configuration file. The domain need not run yet.
 #[derive(Clone, Debug, clap::Args)]
 #[command(after_help = "\
