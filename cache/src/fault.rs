@@ -207,8 +207,8 @@ impl Cache {
         let longest = self.longest_window(count);
         let (end, before) = inner.sequence;
         // It may have been given less than it was meant to have, what was there by then.
-        let behind = end.saturating_sub(first.into());
-        let goes_on = before > 0 && u64::from(first) <= end && behind <= 2 * u64::from(before);
+        let behind = end.checked_sub(first.into());
+        let goes_on = before > 0 && behind.is_some_and(|behind| behind <= 2 * u64::from(before));
         let mut window = count;
         if goes_on {
             window = before.saturating_mul(2).clamp(count, longest);
@@ -236,11 +236,11 @@ impl Cache {
     /// Has the window behind the newest one of a sequence brought while the guest reads that one.
     pub(crate) fn read_ahead(&self, file: &Arc<CachedFile>, inner: &mut Inner) {
         let (end, grown) = inner.sequence;
-        let window = grown.min(self.longest_window(1));
         // A short sequence may be none, and a pool that is behind gains nothing by more work.
         if grown < READ_AHEAD_PAGES_MIN || inner.flights.len() >= READ_AHEAD_FLIGHTS_MAX {
             return;
         }
+        let window = grown.min(self.longest_window(1));
         if let Ok(first) = u32::try_from(end) {
             self.issue(file, inner, first, first.saturating_add(window));
         }

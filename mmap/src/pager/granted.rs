@@ -126,7 +126,7 @@ impl Pager {
         match waiter.mapped.try_cover(waiter.page, within) {
             Some(Cover::Free(free)) => {
                 let free = self.faults.clip_around(&waiter, free);
-                self.ask_granted(waiter, free, hint, 0);
+                self.ask(waiter, free, hint, 0);
             }
             Some(Cover::There) => {
                 waiter.mapped.wake(uffd, waiter.page, 1);
@@ -135,36 +135,6 @@ impl Pager {
             // Who changes the mapping wakes those who fault; callers look again.
             None => self.after_rebase(waiter),
         }
-    }
-
-    pub(super) fn ask_granted(
-        &mut self,
-        waiter: Waiter,
-        pages: Range<u64>,
-        hint: FaultHint,
-        tries: u32,
-    ) {
-        let file = Arc::clone(waiter.mapped.file());
-        let generation = waiter.mapped.generation();
-        // A window, and what callers ask for, is at most FAULT_PAGES_MAX.
-        let (first, count) = (pages.start, (pages.end - pages.start) as u32);
-        let number = self.shared.session.number();
-        let range = PageRange {
-            first: PageIndex(first),
-            count,
-        };
-        self.send(
-            number,
-            &Request::Fault {
-                file: file.token,
-                generation,
-                range,
-                hint,
-            },
-        );
-        let mut flight = InFlight::new(file, generation, (first, count), waiter);
-        flight.tries = tries;
-        self.faults.insert(number, flight);
     }
 
     /// Hands granted refs to the worker. They stay in the table until it is done with them.
@@ -178,10 +148,7 @@ impl Pager {
     ) {
         let first = range.first.0;
         let granted = first..first.saturating_add(range.count.into());
-        let refs: Vec<u32> = refs
-            .chunks_exact(4)
-            .map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-            .collect();
+        let refs = refs.chunks_exact(4);
         // It may begin before what was asked for; what was not asked for is not looked at.
         if !granted.contains(&flight.first) || refs.len() != range.count as usize {
             let text = "granted, but not the page that was asked for, or without its references";
@@ -189,9 +156,9 @@ impl Pager {
         }
         let skip = (flight.first - first) as usize;
         let refs: Vec<u32> = refs
-            .into_iter()
             .skip(skip)
             .take(flight.count as usize)
+            .map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
             .collect();
         let mut mappings: Vec<Arc<Mapped>> = Vec::new();
         for waiter in &flight.waiters {

@@ -13,6 +13,7 @@ use crate::session::Answer;
 use crate::uffd::{FaultEvent, UffdMsg};
 use copage_coherence::msg::{FaultHint, Generation, OpenHow, PageRange, Reply, Request};
 use copage_grants::{PAGE_SIZE, PAGE_SIZE_U64, PageIndex, Version};
+use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -125,23 +126,22 @@ impl Pager {
         let bytes = waiter.mapped.file().content.lock().bytes;
         let window = waiter.mapped.window(waiter.page, bytes);
         let count = self.faults.clip(&waiter, window.count);
-        self.ask(waiter, count, window.hint);
+        let pages = waiter.page..waiter.page + u64::from(count);
+        self.ask(waiter, pages, window.hint, 0);
     }
 
     /// Asks for a page alone.
     fn ask_one(&mut self, waiter: Waiter, tries: u32) {
-        if waiter.mapped.is_granted() {
-            let page = waiter.page;
-            self.ask_granted(waiter, page..page + 1, FaultHint::Random, tries);
-        } else {
-            self.ask(waiter, 1, FaultHint::Random);
-        }
+        let page = waiter.page;
+        self.ask(waiter, page..page + 1, FaultHint::Random, tries);
     }
 
-    fn ask(&mut self, waiter: Waiter, count: u32, hint: FaultHint) {
+    /// Asks for pages, the waiter's among them. `tries`: how often mapping them has failed.
+    pub(super) fn ask(&mut self, waiter: Waiter, pages: Range<u64>, hint: FaultHint, tries: u32) {
         let file = Arc::clone(waiter.mapped.file());
         let generation = waiter.mapped.generation();
-        let first = waiter.page;
+        // A window, and what callers ask for, is at most FAULT_PAGES_MAX.
+        let (first, count) = (pages.start, (pages.end - pages.start) as u32);
         let number = self.shared.session.number();
         let range = PageRange {
             first: PageIndex(first),
@@ -156,7 +156,8 @@ impl Pager {
                 hint,
             },
         );
-        let flight = InFlight::new(file, generation, (first, count), waiter);
+        let mut flight = InFlight::new(file, generation, (first, count), waiter);
+        flight.tries = tries;
         self.faults.insert(number, flight);
     }
 
