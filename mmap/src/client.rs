@@ -1,10 +1,12 @@
 //! Connecting to a daemon, and what a connected guest can ask.
 
-use crate::connect::channel_error;
+use crate::connect::{Dialer, channel_error};
 use crate::error::{LostWhy, MmapError, Result};
 use crate::export::Export;
+use crate::limits::RECONNECT_MS;
 use crate::node::Node;
-use crate::session::Shared;
+use crate::place::Place;
+use crate::shared::Shared;
 use crate::uffd::Mode;
 use copage_coherence::msg::{Reply, Request};
 use copage_grants::channel::Channel;
@@ -46,13 +48,36 @@ impl fmt::Display for DaemonAt {
     }
 }
 
-/// What a client tells of itself.
-#[derive(Clone, Debug, Default)]
+impl DaemonAt {
+    fn dial(&self) -> Result<Channel> {
+        let channel = match self {
+            Self::Socket(socket) => Channel::connect(socket),
+            Self::Xen => Channel::connect_xen(),
+        };
+        channel.map_err(|e| channel_error(&e))
+    }
+}
+
+/// What a client tells of itself, and how long it waits for a daemon that is started again.
+#[derive(Clone, Debug)]
 pub struct ConnectOptions {
     /// The name by which access lists know the guest; empty: whatever its credentials say.
     pub name: String,
     /// Which userfaultfd to use.
     pub userfault: UserfaultPolicy,
+    /// How long the daemon is looked for when it died or stopped, in ms; calls and accesses wait
+    /// meanwhile. 0: it is not, and the client is lost with it.
+    pub reconnect_ms: u32,
+}
+
+impl Default for ConnectOptions {
+    fn default() -> Self {
+        Self {
+            name: String::new(),
+            userfault: UserfaultPolicy::default(),
+            reconnect_ms: RECONNECT_MS,
+        }
+    }
 }
 
 impl ConnectOptions {
@@ -99,23 +124,31 @@ pub enum UserfaultMode {
     None,
 }
 
-/// Ends the session when the last user is gone. Does not wait for the library's threads.
+/// Ends it all when the last user is gone. Does not wait for the library's threads.
 pub(crate) struct ClientHandle {
     pub(crate) shared: Arc<Shared>,
 }
 
 impl Drop for ClientHandle {
     fn drop(&mut self) {
-        self.shared.session.close();
+        self.shared.line.close();
     }
 }
 
-/// A session with a daemon. Clones are the same session; it ends when the last clone, node, file
-/// and mapping of it is dropped, or when it is lost.
+/// A guest of a daemon. Clones are the same guest; it ends when the last clone, node, file and mapping
+/// of it is dropped, or when it is lost.
 ///
 /// All calls may be made from any thread. They are answered by the daemon and can take as long as
 /// a disk takes. In a forked child every call fails with [`MmapError::Forked`] and the mappings are
 /// not there; note that the child keeps the descriptors open until it execs or exits.
+///
+/// A client has one session after the other. When the daemon dies or stops, it is looked for, for
+/// [`ConnectOptions::reconnect_ms`]. What is mapped stays readable until the session's lease would have
+/// ended; from then on, and with whatever is not mapped, accesses wait, and calls wait. When a daemon is
+/// there again, exports, directories and files are found again by their names, mappings show what their
+/// files hold now, private pages are kept, and everybody goes on. A file that is not there any more, or
+/// of whose name another file is there, is [`MmapError::Stale`]: its mappings are SIGBUS, calls on it
+/// fail; the others go on. When no daemon comes in time, the client is lost.
 #[derive(Clone)]
 pub struct Client {
     pub(crate) handle: Arc<ClientHandle>,
@@ -124,42 +157,53 @@ pub struct Client {
 impl fmt::Debug for Client {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Client")
-            .field("welcome", self.welcome())
+            .field("welcome", &self.welcome())
             .finish_non_exhaustive()
     }
 }
 
 impl Client {
-    /// Begins a session with the daemon that listens at `socket`.
+    /// Connects to the daemon that listens at `socket`.
     pub fn connect(socket: &Path, options: &ConnectOptions) -> Result<Self> {
-        Self::connect_over(crate::connect::channel_to(socket)?, options)
+        Self::connect_at(&DaemonAt::Socket(socket.to_owned()), options)
     }
 
     fn begin(
         channel: Channel,
+        dialer: Option<Dialer>,
         options: &ConnectOptions,
         device: crate::granted::Opener,
     ) -> Result<Self> {
-        let shared = crate::connect::begin(channel, options, device)?;
+        let shared = crate::connect::begin(channel, dialer, options, device)?;
         Ok(Self {
             handle: Arc::new(ClientHandle { shared }),
         })
     }
 
-    /// Begins a session over a channel: in a Xen guest, [`Channel::connect_xen`]'s.
-    pub fn connect_over(channel: Channel, options: &ConnectOptions) -> Result<Self> {
-        Self::begin(channel, options, crate::granted::kernel_device())
+    fn dial(
+        daemon: &DaemonAt,
+        options: &ConnectOptions,
+        device: crate::granted::Opener,
+    ) -> Result<Self> {
+        let channel = daemon.dial()?;
+        let daemon = daemon.clone();
+        let dialer = (options.reconnect_ms > 0).then(|| Dialer {
+            dial: Box::new(move || daemon.dial()),
+            name: options.name.clone(),
+            reconnect_ms: options.reconnect_ms.into(),
+        });
+        Self::begin(channel, dialer, options, device)
     }
 
-    /// Begins a session with a daemon wherever it is.
+    /// Connects over a channel. There is no way to another one: the client is lost when the daemon dies,
+    /// whatever [`ConnectOptions::reconnect_ms`] says.
+    pub fn connect_over(channel: Channel, options: &ConnectOptions) -> Result<Self> {
+        Self::begin(channel, None, options, crate::granted::kernel_device())
+    }
+
+    /// Connects to a daemon wherever it is.
     pub fn connect_at(daemon: &DaemonAt, options: &ConnectOptions) -> Result<Self> {
-        match daemon {
-            DaemonAt::Socket(socket) => Self::connect(socket, options),
-            DaemonAt::Xen => {
-                let channel = Channel::connect_xen();
-                Self::connect_over(channel.map_err(|e| channel_error(&e))?, options)
-            }
-        }
+        Self::dial(daemon, options, crate::granted::kernel_device())
     }
 
     /// As [`Self::connect`], with another device for grants than the kernel's.
@@ -169,17 +213,27 @@ impl Client {
         options: &ConnectOptions,
         device: Arc<dyn crate::granted::device::Device>,
     ) -> Result<Self> {
-        let channel = crate::connect::channel_to(socket)?;
-        Self::begin(channel, options, Box::new(move || Ok(Arc::clone(&device))))
+        let daemon = DaemonAt::Socket(socket.to_owned());
+        Self::dial(&daemon, options, Box::new(move || Ok(Arc::clone(&device))))
     }
 
     pub(crate) fn shared(&self) -> &Arc<Shared> {
         &self.handle.shared
     }
 
-    /// What the daemon said when the session began.
-    pub fn welcome(&self) -> &Welcome {
-        &self.shared().welcome
+    /// What the daemon said when the present session began (or the last, while the daemon is away).
+    pub fn welcome(&self) -> Welcome {
+        self.shared().line.welcome()
+    }
+
+    /// How often a daemon was found again.
+    pub fn reconnects(&self) -> u64 {
+        self.shared().line.reconnects()
+    }
+
+    /// The daemon is away and looked for: calls wait.
+    pub fn is_away(&self) -> bool {
+        self.shared().line.is_away()
     }
 
     /// How faults are served here.
@@ -193,49 +247,54 @@ impl Client {
 
     /// The names of the exports that this guest may use.
     pub fn exports(&self) -> Result<Vec<String>> {
-        let answer = self.shared().session.call(&Request::Exports)?;
-        match answer.reply()? {
-            Reply::Exports { names } => Ok(names
-                .split(|&b| b == 0)
-                .filter(|name| !name.is_empty())
-                .map(|name| String::from_utf8_lossy(name).into_owned())
-                .collect()),
-            other => Err(unexpected("Exports", &other)),
-        }
+        self.shared().in_session(|session| {
+            let answer = session.call(&Request::Exports)?;
+            match answer.reply()? {
+                Reply::Exports { names } => Ok(names
+                    .split(|&b| b == 0)
+                    .filter(|name| !name.is_empty())
+                    .map(|name| String::from_utf8_lossy(name).into_owned())
+                    .collect()),
+                other => Err(unexpected("Exports", &other)),
+            }
+        })
     }
 
     /// Uses an export.
     pub fn attach(&self, name: &str) -> Result<Export> {
-        let answer = self.shared().session.call(&Request::Attach {
-            export: name.as_bytes(),
-        })?;
-        match answer.reply()? {
-            Reply::Attached { root, attr, mode } => Ok(Export::new(
-                name.to_owned(),
-                mode,
-                Node::new(self.clone(), root, attr),
-            )),
-            other => Err(unexpected("Attached", &other)),
-        }
+        self.shared().in_session(|session| {
+            let answer = session.call(&Request::Attach {
+                export: name.as_bytes(),
+            })?;
+            match answer.reply()? {
+                Reply::Attached { root, attr, mode } => {
+                    let held = (session.number(), root);
+                    let place = Place::root(name.as_bytes());
+                    let root = Node::new(self.clone(), held, attr, place);
+                    Ok(Export::new(name.to_owned(), mode, root))
+                }
+                other => Err(unexpected("Attached", &other)),
+            }
+        })
     }
 
-    /// Calls `callback` once when the session is lost, after every mapping has become SIGBUS; at
+    /// Calls `callback` once when the client is lost, after every mapping has become SIGBUS; at
     /// once if it is lost already. It runs on a thread of the library (or on the caller's): it may
-    /// drop or use anything of this session, which fails with [`MmapError::Lost`], and connect
-    /// again. All signals are blocked in it. It is not called when the session ends by dropping or [`Client::close`].
+    /// drop or use anything of this client, which fails with [`MmapError::Lost`], and connect
+    /// again. All signals are blocked in it. It is not called when the client ends by dropping or [`Client::close`].
     pub fn on_lost(&self, callback: impl FnOnce(&LostWhy) + Send + 'static) {
-        self.shared().session.on_lost(Box::new(callback));
+        self.shared().line.on_lost(Box::new(callback));
     }
 
-    /// Why the session is lost, if it is.
+    /// Why the client is lost, if it is. While the daemon is away and looked for, it is not.
     pub fn lost(&self) -> Option<LostWhy> {
-        self.shared().session.lost()
+        self.shared().line.lost()
     }
 
-    /// Ends the session now, whoever still uses it: every mapping becomes SIGBUS, every call fails
+    /// Ends the client now, whoever still uses it: every mapping becomes SIGBUS, every call fails
     /// with [`LostWhy::Closed`].
     pub fn close(&self) {
-        self.shared().session.close();
+        self.shared().line.close();
     }
 }
 

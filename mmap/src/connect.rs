@@ -1,13 +1,16 @@
-//! The beginning of a session.
+//! The beginning of a session, and of a client with its first one.
 
 use crate::client::{ConnectOptions, UserfaultPolicy, Welcome};
 use crate::error::{LostWhy, MmapError, Result};
 use crate::granted::Opener;
 use crate::limits::WELCOME_TIMEOUT;
+use crate::line::Line;
 use crate::pager::{Pager, now_ms, worker};
 use crate::quiet::Quiet;
-use crate::session::{Answer, Session, Shared};
-use crate::sys::{EventFd, empty_file};
+use crate::session::{Answer, Common, Session};
+use crate::shared::{Parts, Shared};
+use crate::stamp::SessionNo;
+use crate::sys::{EventFd, empty_file, hollow_file};
 use crate::uffd::Uffd;
 use copage_coherence::msg::{
     HelloFlags, MESSAGE_BYTES_MAX, PROTOCOL_VERSION, Reply, Request, WelcomeFlags,
@@ -16,8 +19,7 @@ use copage_grants::Epoch;
 use copage_grants::channel::{Channel, ChannelError, Received};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io;
-use std::os::fd::AsFd;
-use std::path::Path;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -67,30 +69,30 @@ fn first_message(channel: &Channel, buf: &mut [u8]) -> Result<Received> {
     }
 }
 
-/// To the daemon that listens at `socket`.
-pub(crate) fn channel_to(socket: &Path) -> Result<Channel> {
-    Channel::connect(socket).map_err(|e| channel_error(&e))
+/// How a client reaches its daemon, the first time and again.
+pub(crate) struct Dialer {
+    pub(crate) dial: Box<dyn Fn() -> Result<Channel> + Send + Sync>,
+    /// The name to say.
+    pub(crate) name: String,
+    /// How long the daemon is looked for, in ms; not 0.
+    pub(crate) reconnect_ms: u64,
 }
 
-/// Says Hello and starts the session's two threads.
-pub(crate) fn begin(
-    channel: Channel,
-    options: &ConnectOptions,
-    opener: Opener,
-) -> Result<Arc<Shared>> {
-    let sys = |call| move |e: io::Error| MmapError::sys(call, &e);
-    let wake = EventFd::new().map_err(sys("eventfd"))?;
-    let empty = empty_file().map_err(sys("memfd_create"))?;
-    let full = match options.userfault {
-        UserfaultPolicy::Best => Uffd::full().ok(),
-        UserfaultPolicy::UserModeOnly | UserfaultPolicy::None => None,
-    };
+/// What the daemon said to Hello.
+pub(crate) struct Begun {
+    pub(crate) welcome: Welcome,
+    /// When Hello was sent: the lease counts from here.
+    pub(crate) hello_ms: u64,
+    /// The daemon's `/dev/userfaultfd`.
+    device: Option<OwnedFd>,
+}
+
+/// Says Hello and waits for Welcome, a bounded time.
+pub(crate) fn hello(channel: &Channel, name: &str, wants_userfaultfd: bool) -> Result<Begun> {
     let hello = Request::Hello {
         version: PROTOCOL_VERSION,
-        flags: HelloFlags {
-            wants_userfaultfd: options.userfault == UserfaultPolicy::Best && full.is_none(),
-        },
-        name: options.name.as_bytes(),
+        flags: HelloFlags { wants_userfaultfd },
+        name: name.as_bytes(),
         uuid: [0; 16],
     };
     let mut bytes = Vec::new();
@@ -98,7 +100,7 @@ pub(crate) fn begin(
     let hello_ms = now_ms();
     channel.send(&bytes, None).map_err(|e| channel_error(&e))?;
     let mut buf = vec![0; MESSAGE_BYTES_MAX];
-    let received = first_message(&channel, &mut buf)?;
+    let received = first_message(channel, &mut buf)?;
     let answer = Answer::new(buf[..received.len].to_vec(), received.fd);
     let welcome = match answer.reply()? {
         Reply::Welcome {
@@ -128,22 +130,58 @@ pub(crate) fn begin(
         },
         other => return Err(crate::client::unexpected("Welcome", &other)),
     };
-    let device = answer.fd.as_ref().map(AsFd::as_fd);
+    Ok(Begun {
+        welcome,
+        hello_ms,
+        device: answer.fd,
+    })
+}
+
+/// Begins a client over its first channel: says Hello and starts its two threads.
+pub(crate) fn begin(
+    channel: Channel,
+    dialer: Option<Dialer>,
+    options: &ConnectOptions,
+    opener: Opener,
+) -> Result<Arc<Shared>> {
+    let sys = |call| move |e: io::Error| MmapError::sys(call, &e);
+    let wake = EventFd::new().map_err(sys("eventfd"))?;
+    let empty = empty_file().map_err(sys("memfd_create"))?;
+    let hollow = hollow_file().map_err(sys("memfd_create"))?;
+    let full = match options.userfault {
+        UserfaultPolicy::Best => Uffd::full().ok(),
+        UserfaultPolicy::UserModeOnly | UserfaultPolicy::None => None,
+    };
+    let wants_userfaultfd = options.userfault == UserfaultPolicy::Best && full.is_none();
+    let begun = hello(&channel, &options.name, wants_userfaultfd)?;
+    let device = begun.device.as_ref().map(AsFd::as_fd);
     let uffd = Uffd::open(options.userfault, full, device);
     let (jobs, todo) = crossbeam_channel::unbounded();
-    let session = Session::new(welcome.epoch, channel, wake, HELLO + 1);
     let (tell, told) = crossbeam_channel::unbounded();
+    let common = Common::new(wake, HELLO + 1);
+    let session = Session::new(SessionNo::FIRST, begun.welcome, channel, common.clone());
+    let session = Arc::new(session);
     let shared = Arc::new(Shared::new(
-        session,
-        welcome,
-        uffd,
-        (jobs, tell),
-        empty,
-        opener,
+        Line::new(Arc::clone(&session), common),
+        Parts {
+            dialer,
+            uffd,
+            jobs,
+            told: tell,
+            empty,
+            hollow,
+            opener,
+        },
     ));
     let finished = Arc::new(AtomicBool::new(false));
 
-    let pager = Pager::new(Arc::clone(&shared), hello_ms, Arc::clone(&finished), told);
+    let pager = Pager::new(
+        Arc::clone(&shared),
+        session,
+        begun.hello_ms,
+        Arc::clone(&finished),
+        told,
+    );
     // Handlers of signals that come while the threads start must not run in them.
     let _quiet = Quiet::new();
     // Should the second thread not start, the first one ends the session when it is told to.
@@ -159,9 +197,9 @@ pub(crate) fn begin(
             move || worker::run(&worker, &todo, &finished)
         });
     if let Err(e) = started {
-        shared.session.lose(LostWhy::Closed);
+        shared.line.lose(LostWhy::Closed);
         finished.store(true, std::sync::atomic::Ordering::Release);
-        shared.session.wake.signal();
+        shared.line.common.wake.signal();
         return Err(MmapError::sys("starting the worker thread", &e));
     }
     Ok(shared)

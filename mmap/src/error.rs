@@ -7,15 +7,15 @@ use std::io;
 /// The result of everything the guest library does.
 pub type Result<T> = std::result::Result<T, MmapError>;
 
-/// Why a session ended. From then on every call fails with it, and every access to every mapping
-/// of the session is SIGBUS.
+/// Why a client is lost. From then on every call fails with it, and every access to every mapping
+/// is SIGBUS.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LostWhy {
     /// The daemon fenced this session.
     Fenced(FenceReason),
-    /// The daemon said that it stops.
+    /// The daemon said that it stops, and none came back in time.
     Stopped,
-    /// The channel broke: the daemon died.
+    /// The channel broke: the daemon died, and none came back in time.
     HungUp,
     /// The lease ran out by this side's clock (the process was stopped, or the daemon did not
     /// answer a renewal in time).
@@ -75,7 +75,7 @@ pub enum MmapError {
         /// Its words: what was wrong and what to do.
         text: String,
     },
-    /// The session is over; connect again.
+    /// The client is lost; connect again.
     #[error("session lost: {0}")]
     Lost(LostWhy),
     /// Called in a forked child. A session and its mappings belong to the process that connected;
@@ -104,6 +104,13 @@ pub enum MmapError {
         /// Which path.
         text: String,
     },
+    /// What was open is not there any more, or another file is there by its name: found out when the
+    /// daemon had been started again. Open it anew.
+    #[error("{path} is not the file any more that it was before the daemon was started again")]
+    Stale {
+        /// Export and path, as it was found.
+        path: String,
+    },
     /// This machine has no usable userfaultfd: mapping is not possible, reading is.
     #[error("no userfaultfd: {0}")]
     NoUserfaultfd(String),
@@ -127,6 +134,7 @@ impl MmapError {
             Self::Forked => libc::ECHILD,
             Self::Invalid(_) => libc::EINVAL,
             Self::Access(_) => libc::EACCES,
+            Self::Stale { .. } => libc::ESTALE,
             Self::NoUserfaultfd(_) | Self::NoGrants(_) => libc::EOPNOTSUPP,
             Self::Protocol(_) => libc::EPROTO,
         }

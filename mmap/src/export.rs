@@ -1,4 +1,4 @@
-//! An export that this session uses.
+//! An export that this client uses.
 
 use crate::client::Client;
 use crate::error::Result;
@@ -55,7 +55,7 @@ impl Export {
         self.root.clone()
     }
 
-    /// The session.
+    /// The client.
     pub fn client(&self) -> &Client {
         self.root.client()
     }

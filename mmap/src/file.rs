@@ -4,18 +4,25 @@ use crate::client::{Client, unexpected};
 use crate::error::{MmapError, Result};
 use crate::mapping::{MapOptions, Mapping};
 use crate::node::Node;
+use crate::place::{Identity, Place};
 use crate::quiet::{Leaf, LeafGuard};
-use copage_coherence::msg::{DATA_BYTES_MAX, FileToken, Generation, OpenHow, Reply, Request};
+use crate::rebase::rebase;
+use crate::session::{Session, ended};
+use crate::shared::Shared;
+use crate::stamp::{SessionNo, Stamp};
+use copage_coherence::msg::{
+    DATA_BYTES_MAX, FileToken, Generation, Handle, OpenHow, OpenedFlags, Reply, Request,
+};
 use copage_grants::Version;
 use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-/// The file's content as this session knows it.
+/// The file's content as this client knows it.
 #[derive(Clone)]
 pub(crate) struct Content {
-    pub(crate) generation: Generation,
+    pub(crate) stamp: Stamp,
     pub(crate) version: Version,
     /// Length in bytes.
     pub(crate) bytes: u64,
@@ -27,7 +34,11 @@ pub(crate) struct Content {
 /// What an open file and its mappings share.
 pub(crate) struct FileInner {
     pub(crate) client: Client,
-    pub(crate) token: FileToken,
+    /// The last session it was opened in, and its token there. A leaf lock.
+    opened: Leaf<(SessionNo, FileToken)>,
+    /// Where it is looked for in the next session, and what it must be.
+    place: Arc<Place>,
+    identity: Identity,
     how: OpenHow,
     pinned: bool,
     host_bounded: bool,
@@ -45,6 +56,36 @@ pub(crate) struct FileInner {
     closed: AtomicBool,
 }
 
+/// What the daemon said to Open.
+struct Opened {
+    token: FileToken,
+    content: Content,
+    flags: OpenedFlags,
+}
+
+fn ask_open(session: &Session, node: Handle, how: OpenHow) -> Result<Opened> {
+    let answer = session.call(&Request::Open { node, how })?;
+    match answer.reply()? {
+        Reply::Opened {
+            file,
+            generation,
+            version,
+            bytes,
+            flags,
+        } => Ok(Opened {
+            token: file,
+            content: Content {
+                stamp: Stamp::new(session.number(), generation),
+                version,
+                bytes,
+                home: answer.fd.map(Arc::new),
+            },
+            flags,
+        }),
+        other => Err(unexpected("Opened", &other)),
+    }
+}
+
 impl FileInner {
     /// Do its pages come as grants?
     pub(crate) fn granted(&self) -> bool {
@@ -55,15 +96,85 @@ impl FileInner {
     pub(crate) fn how(&self) -> OpenHow {
         self.how
     }
+
+    /// Its token in a session, if it is open there.
+    pub(crate) fn token_in(&self, session: SessionNo) -> Option<FileToken> {
+        let (of, token) = *self.opened.lock();
+        (of == session).then_some(token)
+    }
+
+    /// Its token in the session that serves; opened again there if need be.
+    pub(crate) fn token(self: &Arc<Self>, session: &Session) -> Result<FileToken> {
+        if let Some(token) = self.token_in(session.number()) {
+            return Ok(token);
+        }
+        let shared = self.client.shared();
+        if let Some(content) = self.open_again(shared, session)? {
+            rebase(shared, self, content);
+        }
+        self.token_in(session.number()).ok_or_else(ended)
+    }
+
+    /// Opens it in a session that is new: it must be the same file. What it holds now, to be shown to
+    /// its mappings; `None`: nothing is to be shown (another thread opened it, or it is pinned, and
+    /// what was pinned stays).
+    pub(crate) fn open_again(
+        self: &Arc<Self>,
+        shared: &Shared,
+        session: &Session,
+    ) -> Result<Option<Content>> {
+        let number = session.number();
+        let node = self.place.find(session, self.identity)?;
+        // What was pinned lives on in its descriptor; pinned once more it would be there twice.
+        let how = match self.how {
+            OpenHow::Pin => OpenHow::Read,
+            how => how,
+        };
+        let opened = ask_open(session, node, how);
+        session.post(&Request::Forget { node, count: 1 });
+        let Opened { token, content, .. } = opened?;
+        let close = || session.post(&Request::Close { file: token });
+        if self.how == OpenHow::Map && content.home.is_none() != self.granted {
+            close();
+            return Err(MmapError::Protocol(
+                "the daemon shares files in another way than the one before it".into(),
+            ));
+        }
+        shared.remember_file((number, token), self);
+        let before = {
+            let mut opened = self.opened.lock();
+            if opened.0 < number {
+                Ok(std::mem::replace(&mut *opened, (number, token)))
+            } else {
+                Err(opened.0)
+            }
+        };
+        match before {
+            Ok(before) => {
+                shared.forget_file(before);
+                Ok((self.how != OpenHow::Pin).then_some(content))
+            }
+            Err(of) => {
+                shared.forget_file((number, token));
+                close();
+                if of == number { Ok(None) } else { Err(ended()) }
+            }
+        }
+    }
 }
 
 impl Drop for FileInner {
     fn drop(&mut self) {
         let shared = self.client.shared();
-        shared.forget_file(self.token);
-        if !self.closed.load(Ordering::Relaxed) {
+        if let Some(session) = shared.line.present()
+            && let Some(token) = self.token_in(session.number())
+            && !self.closed.load(Ordering::Relaxed)
+        {
             // The reply, Done, is for nobody.
-            shared.session.post(&Request::Close { file: self.token });
+            session.post(&Request::Close { file: token });
+        }
+        if shared.line.check_process().is_ok() {
+            shared.forget_file(*self.opened.lock());
         }
     }
 }
@@ -78,7 +189,6 @@ pub struct File {
 impl fmt::Debug for File {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("File")
-            .field("token", &self.inner.token)
             .field("generation", &self.generation())
             .field("len", &self.len())
             .finish_non_exhaustive()
@@ -87,68 +197,59 @@ impl fmt::Debug for File {
 
 impl File {
     pub(crate) fn open(node: &Node, how: OpenHow) -> Result<Self> {
-        let client = node.client().clone();
-        let request = Request::Open {
-            node: node.handle(),
-            how,
-        };
-        let answer = client.shared().session.call(&request)?;
-        let (token, content, flags) = match answer.reply()? {
-            Reply::Opened {
-                file,
-                generation,
-                version,
-                bytes,
-                flags,
-            } => (
-                file,
-                Content {
-                    generation,
-                    version,
-                    bytes,
-                    home: None,
-                },
-                flags,
-            ),
-            other => return Err(unexpected("Opened", &other)),
-        };
-        let home = answer.fd.map(Arc::new);
-        // From here on the open is ended by dropping.
-        let file = Self {
-            inner: Arc::new(FileInner {
-                client: client.clone(),
+        let shared = node.client().shared();
+        shared.in_session(|session| {
+            let opened = ask_open(session, node.handle_in(session)?, how)?;
+            let Opened {
                 token,
-                how,
-                pinned: flags.pinned,
-                host_bounded: flags.host_bounded,
-                granted: how == OpenHow::Map && home.is_none(),
-                opened_version: content.version,
-                pinned_home: home.clone().filter(|_| how == OpenHow::Pin),
-                content: Leaf::new(Content { home, ..content }),
-                rebases: AtomicU32::new(0),
-                closed: AtomicBool::new(false),
-            }),
-        };
-        client.shared().remember_file(token, &file.inner);
-        let has_home = file.inner.content.lock().home.is_some();
-        if how == OpenHow::Pin && !has_home {
-            return Err(MmapError::Protocol(
-                "a pinning open came without descriptor".into(),
-            ));
-        }
-        if how == OpenHow::Pin && !flags.pinned {
-            return Err(MmapError::Protocol(
-                "a pinning open came without the pin".into(),
-            ));
-        }
-        Ok(file)
+                content,
+                flags,
+            } = opened;
+            let opened = (session.number(), token);
+            // From here on the open is ended by dropping.
+            let file = Self {
+                inner: Arc::new(FileInner {
+                    client: node.client().clone(),
+                    opened: Leaf::new(opened),
+                    place: Arc::clone(node.place()),
+                    identity: node.identity(),
+                    how,
+                    pinned: flags.pinned,
+                    host_bounded: flags.host_bounded,
+                    granted: how == OpenHow::Map && content.home.is_none(),
+                    opened_version: content.version,
+                    pinned_home: content.home.clone().filter(|_| how == OpenHow::Pin),
+                    content: Leaf::new(content),
+                    rebases: AtomicU32::new(0),
+                    closed: AtomicBool::new(false),
+                }),
+            };
+            shared.remember_file(opened, &file.inner);
+            if how == OpenHow::Pin && file.inner.pinned_home.is_none() {
+                return Err(MmapError::Protocol(
+                    "a pinning open came without descriptor".into(),
+                ));
+            }
+            if how == OpenHow::Pin && !flags.pinned {
+                return Err(MmapError::Protocol(
+                    "a pinning open came without the pin".into(),
+                ));
+            }
+            // In the table before this is asked: who opens files again in the next session has found
+            // it there, or it is opened anew here.
+            if shared.line.is_live(session.number()) {
+                Ok(file)
+            } else {
+                Err(ended())
+            }
+        })
     }
 
     pub(crate) fn inner(&self) -> &Arc<FileInner> {
         &self.inner
     }
 
-    /// The session.
+    /// The client.
     pub fn client(&self) -> &Client {
         &self.inner.client
     }
@@ -161,7 +262,7 @@ impl File {
     /// What is known of the content. In a forked child the lock may be held for ever, by a thread
     /// that is not there.
     fn known(&self) -> Option<LeafGuard<'_, Content>> {
-        match self.inner.client.shared().session.check_process() {
+        match self.inner.client.shared().line.check_process() {
             Ok(()) => Some(self.inner.content.lock()),
             Err(_) => self.inner.content.try_lock(),
         }
@@ -172,10 +273,11 @@ impl File {
         self.len() == 0
     }
 
-    /// The content that this session sees: rises when the host changes the file.
+    /// The content that the present session sees: rises when the host changes the file, and begins anew
+    /// with each daemon. [`File::version`] does not.
     pub fn generation(&self) -> Generation {
         self.known()
-            .map_or(Generation(0), |content| content.generation)
+            .map_or(Generation(0), |content| content.stamp.generation())
     }
 
     /// The version of that content.
@@ -207,35 +309,43 @@ impl File {
         let mut done = 0;
         while done < buf.len() {
             let rest = &mut buf[done..];
-            let Some(at) = offset.checked_add(done as u64) else {
+            let Some(offset) = offset.checked_add(done as u64) else {
                 break;
             };
             let wanted = rest.len().min(DATA_BYTES_MAX as usize);
-            let request = Request::Read {
-                file: self.inner.token,
-                offset: at,
-                // At most DATA_BYTES_MAX, see above.
-                len: wanted as u32,
-            };
-            let answer = self.inner.client.shared().session.call(&request)?;
-            let got = match answer.reply()? {
-                Reply::Bytes { data } if data.len() <= wanted => {
-                    rest[..data.len()].copy_from_slice(data);
-                    data.len()
-                }
-                Reply::Bytes { .. } => {
-                    return Err(MmapError::Protocol(
+            let got = self.inner.client.shared().in_session(|session| {
+                let request = Request::Read {
+                    file: self.inner.token(session)?,
+                    offset,
+                    // At most DATA_BYTES_MAX, see above.
+                    len: wanted as u32,
+                };
+                let answer = session.call(&request)?;
+                match answer.reply()? {
+                    Reply::Bytes { data } if data.len() <= wanted => {
+                        rest[..data.len()].copy_from_slice(data);
+                        Ok(data.len())
+                    }
+                    Reply::Bytes { .. } => Err(MmapError::Protocol(
                         "more bytes came than were asked for".into(),
-                    ));
+                    )),
+                    other => Err(unexpected("Bytes", &other)),
                 }
-                other => return Err(unexpected("Bytes", &other)),
-            };
+            })?;
             done += got;
             if got < wanted {
                 break;
             }
         }
         Ok(done)
+    }
+
+    /// Was it opened in a session before the present one? What a pinned file's descriptor shows is then
+    /// not what the daemon has now, and frames of a daemon that is gone.
+    pub fn is_of_earlier_session(&self) -> bool {
+        let line = &self.inner.client.shared().line;
+        line.present()
+            .is_none_or(|session| self.inner.token_in(session.number()).is_none())
     }
 
     /// Maps a range of the file, opened with `OpenHow::Map`.
@@ -253,7 +363,7 @@ impl File {
                 "only a pinned file has a descriptor to give (open it with OpenHow::Pin)".into(),
             ));
         }
-        self.inner.client.shared().session.check_process()?;
+        self.inner.client.shared().line.check_process()?;
         let home = self.inner.pinned_home.as_ref();
         let home = home.ok_or_else(|| MmapError::Protocol("a pinned file without home".into()))?;
         rustix::io::fcntl_dupfd_cloexec(home.as_fd(), 3)
@@ -266,13 +376,23 @@ impl File {
         if Arc::strong_count(&self.inner) > 1 {
             return Ok(());
         }
+        let line = &self.inner.client.shared().line;
+        line.check_process()?;
+        // With a session every open of it ends.
+        let ended = || line.lost().map_or(Ok(()), |why| Err(MmapError::Lost(why)));
+        let Some(session) = line.present() else {
+            return ended();
+        };
+        let Some(file) = self.inner.token_in(session.number()) else {
+            return Ok(());
+        };
         self.inner.closed.store(true, Ordering::Relaxed);
-        let answer = self.inner.client.shared().session.call(&Request::Close {
-            file: self.inner.token,
-        })?;
-        match answer.reply()? {
-            Reply::Done => Ok(()),
-            other => Err(unexpected("Done", &other)),
+        match session.call(&Request::Close { file }) {
+            Err(MmapError::Lost(_)) => ended(),
+            answer => match answer?.reply()? {
+                Reply::Done => Ok(()),
+                other => Err(unexpected("Done", &other)),
+            },
         }
     }
 }

@@ -43,6 +43,14 @@ pub(crate) const MESSAGES_BURST_MAX: usize = 64;
 pub(crate) const IN_FLIGHT_MAX: usize = 1024;
 /// How long `connect` waits for Welcome.
 pub(crate) const WELCOME_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a daemon that is gone is looked for, in ms, where nothing else is said: longer than a service
+/// takes to be started again, shorter than what looks like a hang.
+pub(crate) const RECONNECT_MS: u32 = 60_000;
+/// Between two attempts to reach a daemon that is gone: the first pause, and the longest.
+pub(crate) const RECONNECT_PAUSE_MIN: Duration = Duration::from_millis(20);
+pub(crate) const RECONNECT_PAUSE_MAX: Duration = Duration::from_secs(1);
+/// A session that lasted as long, in ms, was a good one: when it ends the daemon is looked for at once.
+pub(crate) const STEADY_MS: u64 = 5000;
 /// How often `populate` asks again for pages that were taken back before they could be mapped.
 pub(crate) const POPULATE_TRIES_MAX: u32 = 16;
 /// How often a system call that says EAGAIN because mappings are just changing is tried again.

@@ -83,11 +83,14 @@ pub struct PageError {
 ///   shrunk; bytes behind the end in the last page are zero;
 /// - on a page that the daemon refused (an I/O error, a limit): [`Mapping::last_error`] says why,
 ///   [`Mapping::populate`] of the page tries again;
-/// - anywhere, when the session is lost, in pages stored to privately too;
+/// - anywhere, when the client is lost, in pages stored to privately too;
+/// - anywhere, when the file was not found again with a daemon that was started again
+///   ([`MmapError::Stale`]), in pages stored to privately too;
 /// - anywhere, when the machine would not let a change of the file be mapped (more than
 ///   vm.max_map_count parts): [`Mapping::last_error`].
 ///
-/// Never wrong bytes. A page that is being taken back or replaced makes the access wait.
+/// Never wrong bytes. A page that is being taken back or replaced makes the access wait, and so does one
+/// that is not there while the daemon is away.
 ///
 /// With [`crate::UserfaultMode::UserModeOnly`] a system call that reads or writes a page which is
 /// not there fails with EFAULT: [`Mapping::populate`] (or [`Mapping::populate_write`]) first, and
@@ -148,8 +151,8 @@ impl Mapping {
     pub(crate) fn new(file: &File, options: &MapOptions) -> Result<Self> {
         let client = file.client().clone();
         let shared = client.shared();
-        shared.session.check_process()?;
-        if let Some(why) = shared.session.lost() {
+        shared.line.check_process()?;
+        if let Some(why) = shared.line.lost() {
             return Err(MmapError::Lost(why));
         }
         let inner = file.inner();
@@ -174,6 +177,9 @@ impl Mapping {
                     .into(),
             ));
         }
+        // Waits while the daemon is away: from here on the content is of its session, or one more on its
+        // way will be.
+        shared.in_session(|session| inner.token(session))?;
         loop {
             let content = inner.content.lock().clone();
             let (len, bytes) = check_range(options, content.bytes)?;
@@ -183,17 +189,17 @@ impl Mapping {
                 PAGE_SIZE
             };
             let region = fresh(uffd, &content, options.offset, bytes, options.kind, align)?;
-            let generation = content.generation;
+            let stamp = content.stamp;
             let mapped = Arc::new(Mapped::new(
                 Arc::clone(inner),
                 options.kind,
                 options.offset / PAGE_SIZE_U64,
-                generation,
+                stamp,
                 region,
             ));
             // Entered while the content is held still: a rebase that comes later finds it.
             let now = inner.content.lock();
-            if now.generation != generation {
+            if now.stamp != stamp {
                 drop(now);
                 mapped.unmap(shared);
                 continue;
@@ -202,7 +208,7 @@ impl Mapping {
             drop(now);
             if !entered {
                 mapped.unmap(shared);
-                return Err(shared.session.lost_error());
+                return Err(shared.line.lost_error());
             }
             return Ok(Self {
                 client,
@@ -212,7 +218,7 @@ impl Mapping {
         }
     }
 
-    /// The session.
+    /// The client.
     pub fn client(&self) -> &Client {
         &self.client
     }
@@ -266,14 +272,14 @@ impl Mapping {
         self.mapped.kind()
     }
 
-    /// The content that it shows now.
+    /// The content that it shows now, as the present daemon counts them.
     pub fn generation(&self) -> Generation {
-        self.mapped.generation()
+        self.mapped.stamp().generation()
     }
 
     /// Pages that were stored to privately.
     pub fn private_pages(&self) -> u64 {
-        match self.client.shared().session.check_process() {
+        match self.client.shared().line.check_process() {
             Ok(()) => self.mapped.private_pages(),
             Err(_) => 0,
         }
@@ -281,7 +287,7 @@ impl Mapping {
 
     /// Why the last access that was SIGBUS was, if one was that the library had a say in.
     pub fn last_error(&self) -> Option<PageError> {
-        self.client.shared().session.check_process().ok()?;
+        self.client.shared().line.check_process().ok()?;
         self.mapped.last_error()
     }
 
@@ -304,7 +310,7 @@ impl Mapping {
     /// themselves. Pages stored to privately stay. For tests and benches.
     pub fn unmap_pages(&self, range: Range<usize>) -> Result<()> {
         let shared = self.client.shared();
-        shared.session.check_process()?;
+        shared.line.check_process()?;
         if range.start > range.end || range.end > self.len {
             return Err(MmapError::Invalid("not a range of the mapping".into()));
         }
@@ -318,7 +324,7 @@ impl Mapping {
 impl Drop for Mapping {
     fn drop(&mut self) {
         let shared = self.client.shared();
-        if shared.session.check_process().is_err() {
+        if shared.line.check_process().is_err() {
             // Not mapped in a child, and what is there now may be something else.
             self.mapped.abandon();
             return;

@@ -3,6 +3,10 @@
 use crate::client::{Client, unexpected};
 use crate::error::{MmapError, Result};
 use crate::file::File;
+use crate::place::{Identity, Place};
+use crate::quiet::Leaf;
+use crate::session::{Session, ended};
+use crate::stamp::SessionNo;
 use copage_coherence::msg::{
     Attr, DATA_BYTES_MAX, DirReader, FileKind, Handle, NAME_BYTES_MAX, OpenHow, Reply, Request,
     StatFs,
@@ -12,22 +16,27 @@ use std::sync::Arc;
 
 struct NodeInner {
     client: Client,
-    handle: Handle,
+    /// The handle, and the session it is of. A leaf lock.
+    held: Leaf<(SessionNo, Handle)>,
     attr: Attr,
+    /// Where it is looked for in the next session.
+    place: Arc<Place>,
 }
 
 impl Drop for NodeInner {
     fn drop(&mut self) {
         // One reply gave one reference; it goes back without waiting.
-        self.client.shared().session.post(&Request::Forget {
-            node: self.handle,
-            count: 1,
-        });
+        if let Some(session) = self.client.shared().line.present() {
+            let (number, node) = *self.held.lock();
+            if number == session.number() {
+                session.post(&Request::Forget { node, count: 1 });
+            }
+        }
     }
 }
 
 /// A file or directory. Clones are the same reference; when the last is dropped the daemon is told
-/// to forget it (queued, never waiting).
+/// to forget it (queued, never waiting). With a daemon that was started again it is found by its name.
 #[derive(Clone)]
 pub struct Node {
     inner: Arc<NodeInner>,
@@ -36,7 +45,7 @@ pub struct Node {
 impl fmt::Debug for Node {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Node")
-            .field("handle", &self.inner.handle)
+            .field("ino", &self.inner.attr.ino)
             .finish_non_exhaustive()
     }
 }
@@ -66,25 +75,61 @@ pub struct DirPage {
 }
 
 impl Node {
-    /// Takes over one reference to `handle`.
-    pub(crate) fn new(client: Client, handle: Handle, attr: Attr) -> Self {
+    /// Takes over one reference to a handle of a session.
+    pub(crate) fn new(
+        client: Client,
+        held: (SessionNo, Handle),
+        attr: Attr,
+        place: Arc<Place>,
+    ) -> Self {
         Self {
             inner: Arc::new(NodeInner {
                 client,
-                handle,
+                held: Leaf::new(held),
                 attr,
+                place,
             }),
         }
     }
 
-    /// The session.
+    /// The client.
     pub fn client(&self) -> &Client {
         &self.inner.client
     }
 
-    /// The handle; good for comparing nodes of one session.
-    pub fn handle(&self) -> Handle {
-        self.inner.handle
+    pub(crate) fn place(&self) -> &Arc<Place> {
+        &self.inner.place
+    }
+
+    /// What makes it the same file in the next session.
+    pub(crate) fn identity(&self) -> Identity {
+        Identity::from(&self.inner.attr)
+    }
+
+    /// Its handle in `session`; found again by its name in one that is new.
+    pub(crate) fn handle_in(&self, session: &Session) -> Result<Handle> {
+        let number = session.number();
+        let (of, handle) = *self.inner.held.lock();
+        if of == number {
+            return Ok(handle);
+        }
+        let found = self.inner.place.find(session, self.identity())?;
+        let there = {
+            let mut held = self.inner.held.lock();
+            if held.0 < number {
+                *held = (number, found);
+                return Ok(found);
+            }
+            *held
+        };
+        // Another thread was quicker.
+        let spare = Request::Forget {
+            node: found,
+            count: 1,
+        };
+        session.post(&spare);
+        // Or this session is over.
+        (there.0 == number).then_some(there.1).ok_or_else(ended)
     }
 
     /// The attributes that came with the node; [`Node::attr`] asks for new ones.
@@ -97,13 +142,15 @@ impl Node {
         self.inner.attr.kind
     }
 
-    fn call<T>(
+    fn call<'a, T>(
         &self,
-        request: &Request<'_>,
-        take: impl FnOnce(Reply<'_>) -> Result<T>,
+        request: impl Fn(Handle) -> Request<'a>,
+        mut take: impl FnMut(SessionNo, Reply<'_>) -> Result<T>,
     ) -> Result<T> {
-        let answer = self.inner.client.shared().session.call(request)?;
-        take(answer.reply()?)
+        self.inner.client.shared().in_session(|session| {
+            let answer = session.call(&request(self.handle_in(session)?))?;
+            take(session.number(), answer.reply()?)
+        })
     }
 
     /// The entry `name` of this directory: one name, any bytes but `/` and NUL, not `.` or `..`.
@@ -127,32 +174,32 @@ impl Node {
             )));
         }
         self.call(
-            &Request::Lookup {
-                parent: self.inner.handle,
-                name,
-            },
-            |reply| match reply {
-                Reply::Entry { node, attr } => Ok(Self::new(self.inner.client.clone(), node, attr)),
+            |parent| Request::Lookup { parent, name },
+            |number, reply| match reply {
+                Reply::Entry { node, attr } => Ok(self.below((number, node), attr, name)),
                 other => Err(unexpected("Entry", &other)),
             },
         )
     }
 
+    fn below(&self, held: (SessionNo, Handle), attr: Attr, name: &[u8]) -> Self {
+        let place = self.inner.place.below(name);
+        Self::new(self.inner.client.clone(), held, attr, place)
+    }
+
     /// Its attributes now.
     pub fn attr(&self) -> Result<Attr> {
         self.call(
-            &Request::Getattr {
-                node: self.inner.handle,
-            },
-            |reply| match reply {
+            |node| Request::Getattr { node },
+            |_, reply| match reply {
                 Reply::Attr { attr } => Ok(attr),
                 other => Err(unexpected("Attr", &other)),
             },
         )
     }
 
-    fn bytes(&self, request: &Request<'_>) -> Result<Vec<u8>> {
-        self.call(request, |reply| match reply {
+    fn bytes<'a>(&self, request: impl Fn(Handle) -> Request<'a>) -> Result<Vec<u8>> {
+        self.call(request, |_, reply| match reply {
             Reply::Bytes { data } => Ok(data.to_vec()),
             other => Err(unexpected("Bytes", &other)),
         })
@@ -160,24 +207,17 @@ impl Node {
 
     /// Where this symbolic link points.
     pub fn readlink(&self) -> Result<Vec<u8>> {
-        self.bytes(&Request::Readlink {
-            node: self.inner.handle,
-        })
+        self.bytes(|node| Request::Readlink { node })
     }
 
     /// The value of one extended attribute.
     pub fn getxattr(&self, name: &[u8]) -> Result<Vec<u8>> {
-        self.bytes(&Request::Getxattr {
-            node: self.inner.handle,
-            name,
-        })
+        self.bytes(|node| Request::Getxattr { node, name })
     }
 
     /// The names of the extended attributes.
     pub fn listxattr(&self) -> Result<Vec<Vec<u8>>> {
-        let names = self.bytes(&Request::Listxattr {
-            node: self.inner.handle,
-        })?;
+        let names = self.bytes(|node| Request::Listxattr { node })?;
         Ok(names
             .split(|&b| b == 0)
             .filter(|n| !n.is_empty())
@@ -188,10 +228,8 @@ impl Node {
     /// Sizes and quotas of the export.
     pub fn statfs(&self) -> Result<StatFs> {
         self.call(
-            &Request::Statfs {
-                node: self.inner.handle,
-            },
-            |reply| match reply {
+            |node| Request::Statfs { node },
+            |_, reply| match reply {
                 Reply::StatFs(statfs) => Ok(statfs),
                 other => Err(unexpected("StatFs", &other)),
             },
@@ -201,13 +239,13 @@ impl Node {
     /// Some entries of this directory, behind `cookie` (0: from the start), at most `bytes_max`
     /// bytes of them as they are encoded; with a node for each (but `.` and `..`) when `nodes`.
     pub fn readdir_page(&self, cookie: u64, bytes_max: u32, nodes: bool) -> Result<DirPage> {
-        let request = Request::Readdir {
-            node: self.inner.handle,
+        let request = |node| Request::Readdir {
+            node,
             cookie,
             bytes_max: bytes_max.min(DATA_BYTES_MAX),
             handles: nodes,
         };
-        self.call(&request, |reply| match reply {
+        self.call(request, |number, reply| match reply {
             Reply::Dir { end, entries } => {
                 // Nodes are made before any error is returned, so that none leaks.
                 let mut page = DirPage {
@@ -223,7 +261,7 @@ impl Node {
                         name: entry.name.to_vec(),
                         node: entry
                             .node
-                            .map(|(h, attr)| Self::new(self.inner.client.clone(), h, attr)),
+                            .map(|(node, attr)| self.below((number, node), attr, entry.name)),
                     });
                 }
                 Ok(page)

@@ -1,9 +1,12 @@
 //! Bringing a mapping's pages on request.
 
 use crate::error::{MmapError, Result};
-use crate::granted::{Brought, Told};
+use crate::granted::Brought;
 use crate::limits::{POPULATE_TRIES_MAX, WINDOW_PAGES_MAX};
 use crate::mapping::{Mapping, PageError};
+use crate::pager::told::Told;
+use crate::pager::worker::Job;
+use crate::stamp::Stamp;
 use crate::uffd::Mode;
 use copage_coherence::msg::{FaultHint, PageRange, Reply, Request};
 use copage_grants::{PAGE_SIZE, PageIndex, pages_for};
@@ -13,7 +16,7 @@ use std::sync::Arc;
 impl Mapping {
     pub(crate) fn bring(&self, range: Range<usize>, write: bool) -> Result<()> {
         let shared = self.client.shared();
-        shared.session.check_process()?;
+        shared.line.check_process()?;
         if range.start > range.end || range.end > self.len {
             return Err(MmapError::Invalid(format!(
                 "{}..{} is not a range of a mapping of {} bytes",
@@ -57,7 +60,7 @@ impl Mapping {
                 // past the end by now. EHWPOISON: it was refused just now.
                 Err(e) if matches!(e.raw_os_error(), Some(libc::EFAULT | libc::EHWPOISON)) => {
                     last = MmapError::sys("madvise(MADV_POPULATE)", &e);
-                    if let Some(why) = shared.session.lost() {
+                    if let Some(why) = shared.line.lost() {
                         return Err(MmapError::Lost(why));
                     }
                 }
@@ -83,23 +86,36 @@ impl Mapping {
         let mut stales = 0;
         while at < end {
             let page = self.mapped.first_page() + at as u64;
-            let generation = self.mapped.generation();
+            let stamp = self.mapped.stamp();
             let file_bytes = file.content.lock().bytes;
             if self.mapped.first_page() + end as u64 > pages_for(file_bytes) {
                 return Err(MmapError::Invalid(format!(
                     "the range ends past the end of the file, which has {file_bytes} bytes now"
                 )));
             }
-            let request = Request::Fault {
-                file: file.token,
-                generation,
-                range: PageRange {
-                    first: PageIndex(page),
-                    count: (end - at) as u32,
-                },
-                hint: FaultHint::Populate,
+            let asked = shared.in_session(|session| {
+                let now = session.number();
+                let (Some(generation), Some(token)) = (stamp.within(now), file.token_in(now))
+                else {
+                    return Ok(None);
+                };
+                let request = Request::Fault {
+                    file: token,
+                    generation,
+                    range: PageRange {
+                        first: PageIndex(page),
+                        count: (end - at) as u32,
+                    },
+                    hint: FaultHint::Populate,
+                };
+                Ok(Some((now, session.call(&request)?)))
+            });
+            let Some((now, answer)) = asked? else {
+                // What the session that serves gave is on its way to the mapping.
+                self.settle()?;
+                at = first;
+                continue;
             };
-            let answer = shared.session.call(&request)?;
             match answer.reply()? {
                 Reply::Granted { range, .. } => {
                     let granted = range.first.0.saturating_add(range.count.into());
@@ -109,12 +125,13 @@ impl Mapping {
                     at += ((granted - page) as usize).min(end - at);
                 }
                 Reply::Stale {
-                    generation: newest,
+                    generation,
                     version,
                     bytes,
                 } => {
                     stales += 1;
-                    if newest <= generation || stales > POPULATE_TRIES_MAX {
+                    let newest = Stamp::new(now, generation);
+                    if newest <= stamp || stales > POPULATE_TRIES_MAX {
                         return Err(MmapError::Protocol("stale without a newer content".into()));
                     }
                     let Some(fd) = answer.fd else {
@@ -124,25 +141,41 @@ impl Mapping {
                         shared,
                         file,
                         crate::file::Content {
-                            generation: newest,
+                            stamp: newest,
                             version,
                             bytes,
                             home: Some(Arc::new(fd)),
                         },
                     );
-                    if let Some(PageError {
-                        offset: None,
-                        error,
-                    }) = self.mapped.last_error()
-                    {
-                        return Err(error);
-                    }
+                    self.check_refused()?;
                     at = first;
                 }
                 other => return Err(crate::client::unexpected("Granted", &other)),
             }
         }
         Ok(())
+    }
+
+    /// Fails if all of the mapping is SIGBUS.
+    fn check_refused(&self) -> Result<()> {
+        match self.mapped.last_error() {
+            Some(PageError {
+                offset: None,
+                error,
+            }) => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Waits until what the worker was told to do with mappings is done.
+    fn settle(&self) -> Result<()> {
+        let shared = self.client.shared();
+        let (tell, told) = crossbeam_channel::bounded(1);
+        let _ = shared.jobs.send(Job::Again(tell));
+        if told.recv().is_err() {
+            return Err(shared.line.lost_error());
+        }
+        self.check_refused()
     }
 
     /// Has pages `first..end` of the mapping brought by grants. The pager asks: what it sends and what
@@ -176,16 +209,13 @@ impl Mapping {
                             errno: libc::EAGAIN,
                         });
                     }
-                    if let Some(PageError {
-                        offset: None,
-                        error,
-                    }) = self.mapped.last_error()
-                    {
-                        return Err(error);
-                    }
+                    self.check_refused()?;
                 }
                 Ok(Brought::Failed(error)) => return Err(error),
-                Err(_) => return Err(shared.session.lost_error()),
+                // The daemon is away.
+                Err(_) => {
+                    shared.line.session()?;
+                }
             }
         }
         Ok(())

@@ -1,9 +1,11 @@
 //! Showing a file's newer content. On any thread but the pager.
 
 use crate::file::{Content, FileInner};
-use crate::granted::{Pages, Told};
-use crate::session::Shared;
-use copage_coherence::msg::{FileToken, Generation, OpenHow, PageRange, Request};
+use crate::granted::Pages;
+use crate::pager::told::Told;
+use crate::shared::Shared;
+use crate::stamp::Stamp;
+use copage_coherence::msg::{OpenHow, PageRange, Request};
 use copage_grants::{PageIndex, pages_for};
 use std::sync::Arc;
 
@@ -12,7 +14,7 @@ use std::sync::Arc;
 pub(crate) fn rebase(shared: &Shared, file: &Arc<FileInner>, content: Content) {
     let (newest, older) = {
         let mut known = file.content.lock();
-        let older = (content.generation > known.generation)
+        let older = (content.stamp > known.stamp)
             .then(|| std::mem::replace(&mut *known, content));
         (known.clone(), older)
     };
@@ -25,7 +27,7 @@ pub(crate) fn rebase(shared: &Shared, file: &Arc<FileInner>, content: Content) {
     if let Some(older) = older.filter(|_| file.how() != OpenHow::Pin) {
         if file.granted() {
             let pages = Pages {
-                generation: older.generation,
+                stamp: older.stamp,
                 first: 0,
                 count: pages_for(older.bytes),
             };
@@ -36,24 +38,40 @@ pub(crate) fn rebase(shared: &Shared, file: &Arc<FileInner>, content: Content) {
                 recall: None,
             });
         }
-        unmapped(
-            shared,
-            file.token,
-            older.generation,
-            0,
-            pages_for(older.bytes),
-        );
+        unmapped(shared, file, older.stamp, 0, pages_for(older.bytes));
     }
 }
 
-/// Says that `pages` pages from `first` are not mapped any more.
+/// Nobody vouches any more for what the file's mappings show: every page that was not stored to becomes a
+/// hole, where accesses wait.
+pub(crate) fn hollow(shared: &Shared, file: &Arc<FileInner>) {
+    let known = file.content.lock().clone();
+    let content = Content {
+        stamp: known.stamp.hollowed(),
+        home: (!file.granted()).then(|| Arc::clone(&shared.hollow)),
+        ..known
+    };
+    rebase(shared, file, content);
+}
+
+/// Says that `pages` pages from `first` are not mapped any more, if that means anything to the daemon
+/// that is there now.
 pub(crate) fn unmapped(
     shared: &Shared,
-    file: FileToken,
-    generation: Generation,
+    file: &FileInner,
+    stamp: Stamp,
     first: u64,
     pages: u64,
 ) {
+    let Some(session) = shared.line.present() else {
+        return;
+    };
+    let (Some(generation), Some(token)) = (
+        stamp.within(session.number()),
+        file.token_in(session.number()),
+    ) else {
+        return;
+    };
     let mut at = first;
     let end = first.saturating_add(pages);
     while at < end {
@@ -62,8 +80,8 @@ pub(crate) fn unmapped(
             first: PageIndex(at),
             count,
         };
-        shared.session.post(&Request::Unmapped {
-            file,
+        session.post(&Request::Unmapped {
+            file: token,
             generation,
             range,
         });

@@ -1,113 +1,21 @@
-//! The conversation with the daemon as every thread but the pager sees it: calls that wait, posts
-//! that do not, and the end.
+//! One session with a daemon as every thread but the pager sees it: calls that wait, posts that do
+//! not, and the end. A client has one after the other ([`crate::line`]).
 
 use crate::client::Welcome;
 use crate::error::{LostWhy, MmapError, Result};
-use crate::file::FileInner;
-use crate::granted::{Granted, Opener, Told};
 use crate::limits::OUTBOUND_MESSAGES_MAX;
 use crate::pager::now_ms;
-use crate::pager::space::Space;
-use crate::pager::worker::Job;
 use crate::quiet::Leaf;
-use crate::sys::{EventFd, process_id};
-use crate::uffd::Uffd;
-use copage_coherence::msg::{FileToken, Frame, Reply, Request, decode_header};
+use crate::stamp::SessionNo;
+use crate::sys::EventFd;
+use copage_coherence::msg::{Frame, Reply, Request, decode_header};
 use copage_grants::Epoch;
 use copage_grants::channel::{Channel, ChannelError};
 use crossbeam_channel::{Sender, bounded};
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock, Weak};
-
-/// Called when the session is lost.
-pub(crate) type LostCallback = Box<dyn FnOnce(&LostWhy) + Send>;
-
-/// All that the threads of one session share.
-pub(crate) struct Shared {
-    pub(crate) session: Session,
-    pub(crate) welcome: Welcome,
-    /// The userfaultfd of this session, or why there is none.
-    pub(crate) uffd: std::result::Result<Uffd, String>,
-    /// The mappings by address. A leaf lock: nothing is called under it.
-    pub(crate) space: Leaf<Space>,
-    /// Open files by token, for notices. A leaf lock.
-    files: Leaf<HashMap<FileToken, Weak<FileInner>>>,
-    /// To the worker thread.
-    pub(crate) jobs: Sender<Job>,
-    /// An empty file: what pages that are SIGBUS are mapped from.
-    pub(crate) empty: OwnedFd,
-    /// To the pager, which is woken when it is idle.
-    told: Sender<Told>,
-    opener: Opener,
-    /// What granted files are mapped with, from the first of them on.
-    granted: OnceLock<std::result::Result<Granted, String>>,
-}
-
-impl Shared {
-    pub(crate) fn new(
-        session: Session,
-        welcome: Welcome,
-        uffd: std::result::Result<Uffd, String>,
-        (jobs, told): (Sender<Job>, Sender<Told>),
-        empty: OwnedFd,
-        opener: Opener,
-    ) -> Self {
-        Self {
-            session,
-            welcome,
-            uffd,
-            space: Leaf::new(Space::default()),
-            files: Leaf::new(HashMap::new()),
-            jobs,
-            empty,
-            told,
-            opener,
-            granted: OnceLock::new(),
-        }
-    }
-
-    /// Hands something to the pager. Never waits, never fails: a pager that has ended has nobody to
-    /// tell.
-    pub(crate) fn tell(&self, told: Told) {
-        if self.told.send(told).is_ok() {
-            self.session.wake.signal();
-        }
-    }
-
-    /// What granted files are mapped with, or the error that says why they cannot be.
-    pub(crate) fn granted(&self) -> Result<&Granted> {
-        let granted = self
-            .granted
-            .get_or_init(|| (self.opener)().map(Granted::new));
-        granted
-            .as_ref()
-            .map_err(|why| MmapError::NoGrants(why.clone()))
-    }
-
-    pub(crate) fn remember_file(&self, token: FileToken, file: &Arc<FileInner>) {
-        self.files.lock().insert(token, Arc::downgrade(file));
-    }
-
-    /// Called as a file is dropped, in a forked child too.
-    pub(crate) fn forget_file(&self, token: FileToken) {
-        if self.session.check_process().is_ok() {
-            self.files.lock().remove(&token);
-        }
-    }
-
-    pub(crate) fn file(&self, token: FileToken) -> Option<Arc<FileInner>> {
-        self.files.lock().get(&token).and_then(Weak::upgrade)
-    }
-
-    /// The userfaultfd, or the error that says why there is none.
-    pub(crate) fn uffd(&self) -> Result<&Uffd> {
-        self.uffd
-            .as_ref()
-            .map_err(|why| MmapError::NoUserfaultfd(why.clone()))
-    }
-}
 
 /// One reply as it came.
 pub(crate) struct Answer {
@@ -135,26 +43,39 @@ impl Answer {
 
 #[derive(Default)]
 struct Calls {
-    lost: Option<LostWhy>,
+    ended: bool,
     waiting: HashMap<u64, Sender<Answer>>,
-    callbacks: Vec<LostCallback>,
-    /// The callbacks that were there have been called.
-    told: bool,
+}
+
+/// What all sessions of a client have in common.
+#[derive(Clone)]
+pub(crate) struct Common {
+    /// Brings the pager out of its poll.
+    pub(crate) wake: Arc<EventFd>,
+    /// Of requests: never used again, in a later session neither, so that an answer of the worker's
+    /// that comes late is nobody's.
+    next_request: Arc<AtomicU64>,
+}
+
+impl Common {
+    pub(crate) fn new(wake: EventFd, next_request: u64) -> Self {
+        Self {
+            wake: Arc::new(wake),
+            next_request: Arc::new(AtomicU64::new(next_request)),
+        }
+    }
 }
 
 /// See the module.
 pub(crate) struct Session {
-    pid: u32,
-    epoch: Epoch,
+    number: SessionNo,
+    welcome: Welcome,
+    common: Common,
     pub(crate) channel: Channel,
-    /// Brings the pager out of its poll.
-    pub(crate) wake: EventFd,
-    next_request: AtomicU64,
     /// What the socket did not take at once, in order. A leaf lock, held over a send that does not
     /// wait, of bytes that are not mapped from the daemon.
     outbound: Leaf<VecDeque<Vec<u8>>>,
     overflow: AtomicBool,
-    closing: AtomicBool,
     /// When the lease ends by this side's clock, in ms of CLOCK_BOOTTIME; the pager's to set.
     lease_ends_ms: AtomicU64,
     /// A leaf lock.
@@ -162,34 +83,36 @@ pub(crate) struct Session {
 }
 
 impl Session {
-    pub(crate) fn new(epoch: Epoch, channel: Channel, wake: EventFd, next_request: u64) -> Self {
+    pub(crate) fn new(
+        number: SessionNo,
+        welcome: Welcome,
+        channel: Channel,
+        common: Common,
+    ) -> Self {
         Self {
-            pid: process_id(),
-            epoch,
+            number,
+            welcome,
+            common,
             channel,
-            wake,
-            next_request: AtomicU64::new(next_request),
             outbound: Leaf::new(VecDeque::new()),
             overflow: AtomicBool::new(false),
-            closing: AtomicBool::new(false),
             lease_ends_ms: AtomicU64::new(0),
             calls: Leaf::new(Calls::default()),
         }
     }
 
-    /// The session's epoch.
-    pub(crate) fn epoch(&self) -> Epoch {
-        self.epoch
+    pub(crate) fn number(&self) -> SessionNo {
+        self.number
     }
 
-    /// Fails in a forked child. Checked before any lock: a lock may have been held by another
-    /// thread at the fork, and nobody would ever release it here.
-    pub(crate) fn check_process(&self) -> Result<()> {
-        if process_id() == self.pid {
-            Ok(())
-        } else {
-            Err(MmapError::Forked)
-        }
+    /// What the daemon said as it began.
+    pub(crate) fn welcome(&self) -> &Welcome {
+        &self.welcome
+    }
+
+    /// The session's epoch.
+    pub(crate) fn epoch(&self) -> Epoch {
+        self.welcome.epoch
     }
 
     pub(crate) fn set_lease(&self, ends_ms: u64) {
@@ -202,39 +125,38 @@ impl Session {
     }
 
     /// A number no request had.
-    pub(crate) fn number(&self) -> u64 {
-        self.next_request.fetch_add(1, Ordering::Relaxed)
+    pub(crate) fn next_request(&self) -> u64 {
+        self.common.next_request.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// Asks and waits for the reply. Never from the pager thread, and never with a lock held that
-    /// the pager takes.
+    /// Asks and waits for the reply; [`MmapError::Lost`] when the session ended before it came. Never
+    /// from the pager thread, and never with a lock held that the pager takes.
     pub(crate) fn call(&self, request: &Request<'_>) -> Result<Answer> {
-        self.check_process()?;
-        let number = self.number();
+        let number = self.next_request();
         // Encoded before any lock is taken: names may lie in mapped memory.
         let mut bytes = Vec::new();
-        request.encode(number, self.epoch, &mut bytes)?;
+        request.encode(number, self.epoch(), &mut bytes)?;
         let (sender, receiver) = bounded(1);
         {
             let mut calls = self.calls.lock();
-            if let Some(why) = &calls.lost {
-                return Err(MmapError::Lost(why.clone()));
+            if calls.ended {
+                return Err(ended());
             }
             calls.waiting.insert(number, sender);
         }
         self.send(&bytes);
-        receiver.recv().map_err(|_| self.lost_error())
+        receiver.recv().map_err(|_| ended())
     }
 
     /// Sends what has no reply, or one that nobody waits for. Never waits, never fails: a session
-    /// that is lost has nobody to tell.
+    /// that has ended has nobody to tell.
     pub(crate) fn post(&self, request: &Request<'_>) {
-        if self.check_process().is_err() || self.calls.lock().lost.is_some() {
+        if self.calls.lock().ended {
             return;
         }
         let mut bytes = Vec::new();
         if request
-            .encode(self.number(), self.epoch, &mut bytes)
+            .encode(self.next_request(), self.epoch(), &mut bytes)
             .is_ok()
         {
             self.send(&bytes);
@@ -249,7 +171,7 @@ impl Session {
                 match self.channel.try_send(bytes, None) {
                     Err(ChannelError::WouldBlock) => {}
                     // The pager waits for room for the rest.
-                    Ok(()) if self.channel.has_rest() => return self.wake.signal(),
+                    Ok(()) if self.channel.has_rest() => return self.common.wake.signal(),
                     // Broken: the pager sees the hang-up and ends the session.
                     Ok(()) | Err(_) => return,
                 }
@@ -260,7 +182,7 @@ impl Session {
                 outbound.push_back(bytes.to_vec());
             }
         }
-        self.wake.signal();
+        self.common.wake.signal();
     }
 
     /// Sends what is queued as far as the socket takes it. `true`: more is queued.
@@ -292,18 +214,6 @@ impl Session {
         self.overflow.load(Ordering::Relaxed)
     }
 
-    /// Asks the pager to end the session. Never waits.
-    pub(crate) fn close(&self) {
-        if self.check_process().is_ok() {
-            self.closing.store(true, Ordering::Release);
-            self.wake.signal();
-        }
-    }
-
-    pub(crate) fn is_closing(&self) -> bool {
-        self.closing.load(Ordering::Acquire)
-    }
-
     /// Hands a reply to who waits for it. Nobody: it was posted.
     pub(crate) fn answer(&self, number: u64, answer: Answer) {
         let waiter = self.calls.lock().waiting.remove(&number);
@@ -313,60 +223,35 @@ impl Session {
         }
     }
 
-    /// Ends all calls, now and from now on. `false`: the session was lost before.
-    pub(crate) fn lose(&self, why: LostWhy) -> bool {
+    /// Ends all calls, now and from now on. Whoever calls this has told the line before, so that who
+    /// asks again finds another session, or why there is none.
+    pub(crate) fn end(&self) {
         let waiting = {
             let mut calls = self.calls.lock();
-            if calls.lost.is_some() {
-                return false;
-            }
-            calls.lost = Some(why);
+            calls.ended = true;
             std::mem::take(&mut calls.waiting)
         };
         drop(waiting);
-        true
+        self.channel.shutdown();
     }
+}
 
-    pub(crate) fn lost(&self) -> Option<LostWhy> {
-        if self.check_process().is_err() {
-            return None;
-        }
-        self.calls.lock().lost.clone()
-    }
+/// The session is over, whatever comes next; [`crate::shared::Shared::in_session`] knows what.
+pub(crate) fn ended() -> MmapError {
+    MmapError::Lost(LostWhy::HungUp)
+}
 
-    pub(crate) fn lost_error(&self) -> MmapError {
-        MmapError::Lost(self.lost().unwrap_or(LostWhy::HungUp))
-    }
+/// A recall, to be acked in the session that it came in.
+#[derive(Clone)]
+pub(crate) struct Recall {
+    pub(crate) session: Arc<Session>,
+    pub(crate) number: u64,
+}
 
-    /// Keeps a callback, or calls it when it is too late for keeping.
-    pub(crate) fn on_lost(&self, callback: LostCallback) {
-        if self.check_process().is_err() {
-            return;
-        }
-        let why = {
-            let mut calls = self.calls.lock();
-            if !calls.told {
-                calls.callbacks.push(callback);
-                return;
-            }
-            calls.lost.clone()
-        };
-        if let Some(why) = why.filter(|why| *why != LostWhy::Closed) {
-            callback(&why);
-        }
-    }
-
-    /// Calls the callbacks. From the worker, when every mapping is SIGBUS.
-    pub(crate) fn tell_lost(&self) {
-        let (callbacks, why) = {
-            let mut calls = self.calls.lock();
-            calls.told = true;
-            (std::mem::take(&mut calls.callbacks), calls.lost.clone())
-        };
-        if let Some(why) = why.filter(|why| *why != LostWhy::Closed) {
-            for callback in callbacks {
-                callback(&why);
-            }
-        }
+impl Recall {
+    pub(crate) fn ack(&self) {
+        self.session.post(&Request::Ack {
+            recall: self.number,
+        });
     }
 }

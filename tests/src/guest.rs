@@ -2,6 +2,7 @@
 
 use crate::orders::{Answer, Order, Watched};
 use crate::wait;
+use copage_mmap::ConnectOptions;
 use rustix::process::{Pid, Signal, kill_process};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -49,6 +50,8 @@ pub struct Guest {
     /// Who it is in messages.
     pub label: String,
     named: bool,
+    /// How long it looks for a daemon that is gone, in ms.
+    pub reconnect_ms: u32,
 }
 
 /// How a guest is started.
@@ -81,21 +84,24 @@ impl Guest {
             answers,
             label: label.to_owned(),
             named: how.named,
+            reconnect_ms: ConnectOptions::default().reconnect_ms,
         }
     }
 
     /// Starts a guest and connects it under the name `label`.
     pub fn connected(dir: &Path, socket: &Path, label: &str) -> Self {
-        let mut guest = Self::spawn(
-            dir,
-            label,
-            &As {
-                named: true,
-                ..As::default()
-            },
-        );
+        let mut guest = Self::named(dir, label);
         guest.connect(socket);
         guest
+    }
+
+    /// Starts a guest that says its label as its name.
+    pub fn named(dir: &Path, label: &str) -> Self {
+        let how = As {
+            named: true,
+            ..As::default()
+        };
+        Self::spawn(dir, label, &how)
     }
 
     /// Its process.
@@ -169,6 +175,15 @@ impl Guest {
                 String::new()
             },
             userfault: userfault.to_owned(),
+            reconnect_ms: self.reconnect_ms,
+        }
+    }
+
+    /// How often it has found a daemon again.
+    pub fn reconnects(&mut self) -> u64 {
+        match self.ask(&Order::Reconnects) {
+            Answer::Reconnects { count } => count,
+            other => panic!("{}: {other:?}", self.label),
         }
     }
 

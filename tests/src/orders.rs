@@ -14,6 +14,8 @@ pub enum Order {
         name: String,
         /// `best`, `user-mode-only` or `none`.
         userfault: String,
+        /// How long to look for a daemon that is gone, in ms; 0: not at all.
+        reconnect_ms: u32,
     },
     /// Map a whole file; mappings are numbered from 0.
     Map {
@@ -103,6 +105,8 @@ pub enum Order {
     Unmap,
     /// Why the session is lost, if it is.
     Lost,
+    /// How often a daemon was found again.
+    Reconnects,
     /// Ends the session.
     Disconnect,
 }
@@ -165,6 +169,11 @@ pub enum Answer {
     Lost {
         /// In words; `None`: it is not.
         why: Option<String>,
+    },
+    /// Daemons found again.
+    Reconnects {
+        /// How many.
+        count: u64,
     },
     /// Done.
     Done,

@@ -459,7 +459,9 @@ fn local_open_files_outlive_the_daemon_and_the_mount_finds_the_next_one() {
     fs::create_dir(tree.file("dir")).unwrap();
     tree.pattern("dir/g", 5);
     let mut daemon = Daemon::start(&tree, &Setup::default());
-    let mounted = mounted(&tree, &daemon, "mnt");
+    let mut impatient = options(&tree, &daemon, "mnt");
+    impatient.target.connect.reconnect_ms = 0;
+    let mounted = mount(&impatient).unwrap();
     let expected = fs::read(&path).unwrap();
     let held = File::open(mounted.dir().join("f")).unwrap();
     let map = NativeMapping::new(&held, false).unwrap();

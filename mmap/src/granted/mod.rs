@@ -61,13 +61,12 @@ pub(crate) mod window;
 
 pub(crate) use range::{Cover, MapOutcome, Windows, map};
 
-use crate::file::FileInner;
 use crate::limits::{GIVE_BACK_PART, GRANTED_PAGES_MAX, WINDOWS_MAX};
 use crate::mapped::Mapped;
 use crate::quiet::Leaf;
-use crate::session::Shared;
-use copage_coherence::msg::Generation;
-use crossbeam_channel::Sender;
+use crate::session::Session;
+use crate::shared::Shared;
+use crate::stamp::Stamp;
 use device::Device;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -85,7 +84,7 @@ pub(crate) fn kernel_device() -> Opener {
 /// Pages of a file, counted in the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Pages {
-    pub(crate) generation: Generation,
+    pub(crate) stamp: Stamp,
     pub(crate) first: u64,
     pub(crate) count: u64,
 }
@@ -107,28 +106,6 @@ pub(crate) enum Brought {
     Failed(crate::MmapError),
 }
 
-/// What other threads tell the pager.
-pub(crate) enum Told {
-    /// Bring pages of a mapping, `page` first, none at or past `end`.
-    Want {
-        mapped: Arc<Mapped>,
-        page: u64,
-        end: u64,
-        tell: Sender<Brought>,
-    },
-    /// A batch that the pager handed to the worker is done with.
-    Mapped { number: u64, outcome: MapOutcome },
-    /// The daemon asked for pages and they are unmapped: say so, whatever is on its way.
-    TakenBack {
-        file: Arc<FileInner>,
-        pages: Pages,
-        /// To be acked.
-        recall: Option<u64>,
-    },
-    /// Pages were unmapped because we wanted to: say so, but of none that are on their way.
-    GivenBack { file: Arc<FileInner>, pages: Pages },
-}
-
 /// One batch for the worker to map.
 pub(crate) struct MapJob {
     /// The request's.
@@ -141,6 +118,8 @@ pub(crate) struct MapJob {
     pub(crate) mappings: Vec<Arc<Mapped>>,
     /// See the module.
     pub(crate) spoiled: Arc<AtomicBool>,
+    /// Whose lease must still run.
+    pub(crate) session: Arc<Session>,
     /// Make room first.
     pub(crate) crowded: bool,
 }

@@ -9,7 +9,7 @@
 use super::{Granted, MapJob, MapOutcome};
 use crate::error::MmapError;
 use crate::mapped::{Mapped, span};
-use crate::session::Shared;
+use crate::shared::Shared;
 use copage_grants::PAGE_SIZE;
 
 impl Mapped {
@@ -27,7 +27,7 @@ impl Mapped {
         let mut pages = vec![[0; PAGE_SIZE]; refs.len()];
         let copied = granted.device.copy(job.granter, refs, &mut pages);
         // Copied before this is asked: the bytes are those of the pages if it still holds.
-        if !granted.still(shared, job) {
+        if !granted.still(job) {
             return MapOutcome::Spoiled;
         }
         if let Err(e) = copied {
@@ -41,7 +41,7 @@ impl Mapped {
         let Some(ops) = lock.ops() else {
             return MapOutcome::Done;
         };
-        if ops.region.is_none() || ops.refused || self.generation() != job.pages.generation {
+        if ops.region.is_none() || ops.refused || self.stamp() != job.pages.stamp {
             return MapOutcome::Done;
         }
         // What a rebase passed over gets the newest content otherwise, and what is refused stays so.

@@ -1,11 +1,12 @@
 //! The windows of one shared mapping.
 
 use super::window::{NotPlaced, Window};
-use super::{Granted, MapJob, Pages, Told};
+use super::{Granted, MapJob, Pages};
 use crate::error::MmapError;
 use crate::mapped::{Mapped, Ops, refuse_all, scratch, span};
 use crate::mapping::MapKind;
-use crate::session::Shared;
+use crate::pager::told::Told;
+use crate::shared::Shared;
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
@@ -142,12 +143,12 @@ pub(crate) fn map(shared: &Shared, job: &MapJob) -> MapOutcome {
 
 impl Granted {
     /// Is a batch that is in use now what it was when it was granted, and may we still have it?
-    pub(super) fn still(&self, shared: &Shared, job: &MapJob) -> bool {
+    pub(super) fn still(&self, job: &MapJob) -> bool {
         #[cfg(test)]
         if self.mutants.keep_spoiled.load(Ordering::SeqCst) {
             return true;
         }
-        !job.spoiled.load(Ordering::SeqCst) && shared.session.has_lease()
+        !job.spoiled.load(Ordering::SeqCst) && job.session.has_lease()
     }
 }
 
@@ -193,7 +194,7 @@ impl Mapped {
         let Some(ops) = lock.ops() else {
             return MapOutcome::Done;
         };
-        if ops.refused || self.generation() != job.pages.generation {
+        if ops.refused || self.stamp() != job.pages.stamp {
             return MapOutcome::Done;
         }
         for free in ops.windows.free_in(first..end) {
@@ -234,7 +235,7 @@ impl Mapped {
             (job.granter, refs),
             region,
             span(run.start),
-            || granted.still(shared, job),
+            || granted.still(job),
         );
         match placed {
             Ok(window) => {
@@ -244,7 +245,7 @@ impl Mapped {
             }
             Err(NotPlaced::Late) => MapOutcome::Spoiled,
             // Revoked, as we said they may be.
-            Err(NotPlaced::Untouched(_)) if !granted.still(shared, job) => MapOutcome::Spoiled,
+            Err(NotPlaced::Untouched(_)) if !granted.still(job) => MapOutcome::Spoiled,
             Err(NotPlaced::Untouched(e)) => failed("mapping grants", &e),
             Err(NotPlaced::Torn(e)) => {
                 self.after_failed_replace(shared, ops, run.start, run.len(), &e);
@@ -315,15 +316,15 @@ impl Mapped {
             if !ops.windows.by_first.get(&first).is_some_and(same) {
                 return false;
             }
-            let generation = self.generation();
+            let stamp = self.stamp();
             self.take_back(shared, ops, first..first + 1)
                 .ok()
                 .flatten()
-                .map(|range| (generation, range))
+                .map(|range| (stamp, range))
         };
-        if let Some((generation, range)) = taken {
+        if let Some((stamp, range)) = taken {
             let pages = Pages {
-                generation,
+                stamp,
                 first: self.first_page() + range.start as u64,
                 count: range.len() as u64,
             };
@@ -341,7 +342,7 @@ impl Mapped {
         ops.windows.forget_all();
         for run in runs {
             let pages = Pages {
-                generation: self.generation(),
+                stamp: self.stamp(),
                 first: self.first_page() + run.start as u64,
                 count: run.len() as u64,
             };

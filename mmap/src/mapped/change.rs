@@ -6,7 +6,7 @@ use crate::error::{MmapError, Result};
 use crate::file::Content;
 use crate::limits::HUGE_BYTES;
 use crate::mapping::{MapKind, PageError};
-use crate::session::Shared;
+use crate::shared::Shared;
 use copage_grants::{PAGE_SIZE, PAGE_SIZE_U64};
 use std::io;
 use std::os::fd::AsFd;
@@ -95,7 +95,7 @@ impl Mapped {
         let Some(ops) = lock.ops() else { return Ok(()) };
         if ops.refused {
             let error = ops.last_error.as_ref().map(|e| e.error.clone());
-            return Err(error.unwrap_or_else(|| shared.session.lost_error()));
+            return Err(error.unwrap_or_else(|| shared.line.lost_error()));
         }
         let pages: Vec<usize> = ops.refused_pages.range(first..end).copied().collect();
         for page in pages {
@@ -173,7 +173,7 @@ impl Mapped {
             return Ok(());
         }
         let content = self.file.content.lock().clone();
-        if content.generation != self.generation() {
+        if content.stamp != self.stamp() {
             // A rebase is on its way and brings fresh pages.
             return Ok(());
         }
@@ -194,7 +194,7 @@ impl Mapped {
         let Ok(uffd) = &shared.uffd else { return };
         let mut lock = self.lock(shared);
         let Some(ops) = lock.ops() else { return };
-        if ops.region.is_none() || ops.refused || self.generation() >= content.generation {
+        if ops.region.is_none() || ops.refused || self.stamp() >= content.stamp {
             return;
         }
         let align = if self.bytes >= HUGE_BYTES {
@@ -231,8 +231,7 @@ impl Mapped {
         ops.behind = ops.private.clone();
         ops.refused_pages.clear();
         ops.last_error = None;
-        self.generation
-            .store(content.generation.0, Ordering::Release);
+        self.shows.store(content.stamp.bits(), Ordering::Release);
     }
 
     /// Makes sure that pages which a failed move may have unmapped are still this mapping's.
@@ -259,8 +258,8 @@ impl Mapped {
         });
     }
 
-    /// The session is lost: all of it is SIGBUS.
-    pub(crate) fn refuse_lost(&self, shared: &Shared) {
+    /// All of it is SIGBUS for good, for this reason.
+    pub(crate) fn refuse(&self, shared: &Shared, error: &MmapError) {
         let mut lock = self.lock(shared);
         let Some(ops) = lock.ops() else { return };
         if let Some(region) = &ops.region {
@@ -268,13 +267,13 @@ impl Mapped {
             match region.refuse(0, self.bytes, protection, shared.empty.as_fd()) {
                 Ok(()) => ops.windows.forget_all(),
                 Err(e) => {
-                    tracing::error!(error = %e, "a mapping of a lost session could not be refused");
+                    tracing::error!(error = %e, "a lost mapping could not be refused");
                 }
             }
             ops.refused = true;
             ops.last_error = Some(PageError {
                 offset: None,
-                error: shared.session.lost_error(),
+                error: error.clone(),
             });
         }
         drop(lock);

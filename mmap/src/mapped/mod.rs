@@ -15,17 +15,17 @@ use crate::granted::Windows as GrantedWindows;
 use crate::limits::GRANTED_PAGES_FIRST;
 use crate::mapping::{MapKind, PageError};
 use crate::quiet::{Leaf, LeafGuard};
-use crate::session::Shared;
+use crate::shared::Shared;
+use crate::stamp::Stamp;
 use crate::sys::{Protection, Region};
 use crate::uffd::Uffd;
 use crate::window::{Window, Windows};
-use copage_coherence::msg::Generation;
 use copage_grants::{PAGE_SIZE, PAGE_SIZE_U64};
 use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 
 /// What `ops` protects. Dropped in this order: windows are let go of when their memory is unmapped.
 pub(crate) struct Ops {
@@ -52,7 +52,8 @@ pub(crate) struct Mapped {
     addr: usize,
     bytes: usize,
     first_page: u64,
-    generation: AtomicU32,
+    /// A [`Stamp`].
+    shows: AtomicU64,
     ops: Leaf<Ops>,
     /// The pager found `ops` taken and dropped a fault.
     missed: AtomicBool,
@@ -166,7 +167,7 @@ impl Mapped {
         file: Arc<FileInner>,
         kind: MapKind,
         first_page: u64,
-        generation: Generation,
+        stamp: Stamp,
         region: Region,
     ) -> Self {
         let (addr, bytes) = (region.addr(), region.bytes());
@@ -181,7 +182,7 @@ impl Mapped {
             addr,
             bytes,
             first_page,
-            generation: AtomicU32::new(generation.0),
+            shows: AtomicU64::new(stamp.bits()),
             ops: Leaf::new(Ops {
                 region: Some(region),
                 windows: GrantedWindows::default(),
@@ -228,8 +229,8 @@ impl Mapped {
     }
 
     /// The content that its pages are of.
-    pub(crate) fn generation(&self) -> Generation {
-        Generation(self.generation.load(Ordering::Acquire))
+    pub(crate) fn stamp(&self) -> Stamp {
+        Stamp::from_bits(self.shows.load(Ordering::Acquire))
     }
 
     /// The address of a page of the file, if it is mapped here.

@@ -73,7 +73,11 @@ impl Core {
     /// May a file that was open be used for another open without asking the daemon?
     /// `last` was asked for before the table was locked: a new session is begun the other way round.
     pub(super) fn is_current(last: &Live, file: &OpenFile) -> bool {
-        file.session() == last.number && !last.is_lost() && !file.changed() && !file.host_bounded()
+        file.session() == last.number
+            && !last.is_lost()
+            && !file.outlived_daemon()
+            && !file.changed()
+            && !file.host_bounded()
     }
 }
 

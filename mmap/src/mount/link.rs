@@ -1,4 +1,5 @@
-//! The mount's session with the daemon, begun again when it is lost.
+//! The mount's client of the daemon, begun again when it is lost: when no daemon came back in the time that
+//! the library looks for one, or the session was fenced.
 
 use super::limits::{HANDLES_MIN, HANDLES_SHARE, RECONNECT_PAUSE};
 use crate::client::{Client, ConnectOptions, DaemonAt};
@@ -35,6 +36,11 @@ impl Live {
 
     pub(super) fn is_lost(&self) -> bool {
         self.export.client().lost().is_some()
+    }
+
+    /// The daemon is looked for: questions wait.
+    pub(super) fn is_away(&self) -> bool {
+        self.export.client().is_away()
     }
 }
 

@@ -13,8 +13,9 @@
 //! A file on frames stays pinned for a second after its last close, and names that are not there are
 //! remembered as long: starting a program asks the daemon for what it has not just been asked.
 //!
-//! When the daemon dies, files that are open on frames go on; everything else is EIO until a daemon
-//! is there again, which is tried at most twice a second when somebody asks.
+//! When the daemon dies, files that are open on frames go on; everything else waits for the next one, as
+//! the library does ([`crate::ConnectOptions::reconnect_ms`]). When none came in time, it is EIO until one
+//! is there, which is tried at most twice a second when somebody asks.
 
 mod core;
 mod error;

@@ -70,6 +70,11 @@ impl OpenFile {
         self.file.host_bounded()
     }
 
+    /// Was it opened of a daemon that is not there any more?
+    pub(super) fn outlived_daemon(&self) -> bool {
+        self.file.is_of_earlier_session()
+    }
+
     /// Has the daemon said that the host changed the file since it was opened? It says so of files
     /// that are pinned, not of those that are only read.
     pub(super) fn changed(&self) -> bool {

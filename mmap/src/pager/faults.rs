@@ -3,7 +3,7 @@
 use crate::file::FileInner;
 use crate::granted::{Brought, Pages};
 use crate::mapped::Mapped;
-use copage_coherence::msg::Generation;
+use crate::stamp::Stamp;
 use crossbeam_channel::Sender;
 use std::collections::HashMap;
 use std::ops::Range;
@@ -43,7 +43,7 @@ impl Waiter {
 /// One request that was sent.
 pub(crate) struct InFlight {
     pub(crate) file: Arc<FileInner>,
-    pub(crate) generation: Generation,
+    pub(crate) stamp: Stamp,
     pub(crate) first: u64,
     pub(crate) count: u32,
     pub(crate) waiters: Vec<Waiter>,
@@ -59,13 +59,13 @@ impl InFlight {
     /// A request that was just sent.
     pub(crate) fn new(
         file: Arc<FileInner>,
-        generation: Generation,
+        stamp: Stamp,
         (first, count): (u64, u32),
         waiter: Waiter,
     ) -> Self {
         Self {
             file,
-            generation,
+            stamp,
             first,
             count,
             waiters: vec![waiter],
@@ -76,7 +76,7 @@ impl InFlight {
     }
 
     fn is_of(&self, waiter: &Waiter) -> bool {
-        self.generation == waiter.mapped.generation()
+        self.stamp == waiter.mapped.stamp()
             && Arc::ptr_eq(&self.file, waiter.mapped.file())
     }
 
@@ -85,7 +85,7 @@ impl InFlight {
     }
 
     fn overlaps(&self, pages: &Pages) -> bool {
-        self.generation == pages.generation && self.first < pages.end() && pages.first < self.end()
+        self.stamp == pages.stamp && self.first < pages.end() && pages.first < self.end()
     }
 }
 
@@ -193,7 +193,11 @@ impl Faults {
         self.restores.remove(&number)
     }
 
+    /// The session is over: nothing of it counts any more.
     pub(crate) fn clear(&mut self) {
+        for flight in self.by_number.values() {
+            flight.spoiled.store(true, Ordering::SeqCst);
+        }
         self.by_number.clear();
         self.restores.clear();
     }

@@ -1,12 +1,13 @@
 //! Granted files: what is asked for, what the answers do, and what is said to be unmapped. All of it
 //! leaves by this thread, so that the order is known: see [`crate::granted`].
 
-use super::Pager;
+use super::told::Told;
+use super::{Pager, Phase};
 use super::faults::{InFlight, Waiter};
 use super::worker::Job;
 use crate::error::MmapError;
 use crate::file::FileInner;
-use crate::granted::{Brought, Cover, MapJob, MapOutcome, Pages, Told};
+use crate::granted::{Brought, Cover, MapJob, MapOutcome, Pages};
 use crate::limits::MAP_TRIES_MAX;
 use crate::mapped::Mapped;
 use crate::mapping::MapKind;
@@ -20,11 +21,11 @@ impl Pager {
     /// What other threads have told.
     pub(super) fn told(&mut self) {
         while let Ok(told) = self.told.try_recv() {
-            if self.ending {
-                // Callers that wait see their channel closed.
-                continue;
-            }
             match told {
+                Told::Connected { session, hello_ms } => self.connected(session, hello_ms),
+                Told::Returned(number) => self.returned(number),
+                // Callers that wait see their channel closed, and wait for a session.
+                Told::Want { .. } if self.phase != Phase::Live => {}
                 Told::Want {
                     mapped,
                     page,
@@ -40,7 +41,7 @@ impl Pager {
                     self.faults.spoil(&pages);
                     self.say_unmapped(&file, &pages, pages.first..pages.end());
                     if let Some(recall) = recall {
-                        self.shared.session.post(&Request::Ack { recall });
+                        recall.ack();
                     }
                 }
                 Told::GivenBack { file, pages } => self.given_back.push((file, pages)),
@@ -75,13 +76,7 @@ impl Pager {
 
     fn say_unmapped(&self, file: &Arc<FileInner>, pages: &Pages, part: Range<u64>) {
         let count = part.end - part.start;
-        crate::rebase::unmapped(
-            &self.shared,
-            file.token,
-            pages.generation,
-            part.start,
-            count,
-        );
+        crate::rebase::unmapped(&self.shared, file, pages.stamp, part.start, count);
     }
 
     /// A fault, or a caller, wants a page for which nothing is on its way.
@@ -171,7 +166,7 @@ impl Pager {
         let job = MapJob {
             number,
             pages: Pages {
-                generation: flight.generation,
+                stamp: flight.stamp,
                 first: flight.first,
                 count: refs.len() as u64,
             },
@@ -179,6 +174,7 @@ impl Pager {
             refs,
             mappings,
             spoiled: Arc::clone(&flight.spoiled),
+            session: Arc::clone(&self.session),
             crowded: flight.tries + 1 == MAP_TRIES_MAX,
         };
         self.faults.insert(number, flight);
@@ -231,7 +227,14 @@ impl Pager {
 
     /// Sends a request once more, for the same pages.
     fn ask_again(&mut self, mut flight: InFlight) {
-        let number = self.shared.session.number();
+        let now = self.session.number();
+        // It was asked in this session: a later one forgot it.
+        let (Some(generation), Some(file)) =
+            (flight.stamp.within(now), flight.file.token_in(now))
+        else {
+            return;
+        };
+        let number = self.session.next_request();
         let range = PageRange {
             first: PageIndex(flight.first),
             count: flight.count,
@@ -239,8 +242,8 @@ impl Pager {
         self.send(
             number,
             &Request::Fault {
-                file: flight.file.token,
-                generation: flight.generation,
+                file,
+                generation,
                 range,
                 hint: FaultHint::Random,
             },

@@ -4,20 +4,22 @@ use super::Pager;
 use super::worker::Job;
 use crate::error::LostWhy;
 use crate::limits::MESSAGES_BURST_MAX;
-use crate::session::Answer;
-use copage_coherence::msg::{FrameKind, Notice, Reply, Request, decode_header};
+use crate::session::{Answer, Recall};
+use crate::stamp::Stamp;
+use copage_coherence::msg::{FrameKind, Notice, Reply, decode_header};
 use copage_grants::channel::ChannelError;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 impl Pager {
     pub(super) fn messages(&mut self) {
         for _ in 0..MESSAGES_BURST_MAX {
             let mut inbound = std::mem::take(&mut self.inbound);
-            let received = self.shared.session.channel.try_recv(&mut inbound);
+            let received = self.session.channel.try_recv(&mut inbound);
             let more = match received {
                 Ok(message) => {
                     self.message(&inbound[..message.len], message.fd);
-                    !self.ending
+                    self.speaks()
                 }
                 Err(ChannelError::WouldBlock) => false,
                 Err(ChannelError::Closed) => {
@@ -41,7 +43,7 @@ impl Pager {
             Ok(frame) => frame,
             Err(e) => return self.lose(LostWhy::Protocol(e.to_string())),
         };
-        if frame.epoch != self.shared.session.epoch() {
+        if frame.epoch != self.session.epoch() {
             // Of an earlier session; it counts for nothing.
             return;
         }
@@ -58,8 +60,7 @@ impl Pager {
                 } else if let Some((mapped, page)) = self.faults.remove_restore(frame.request) {
                     self.restored(mapped, page, &Answer::new(bytes.to_vec(), None));
                 } else {
-                    self.shared
-                        .session
+                    self.session
                         .answer(frame.request, Answer::new(bytes.to_vec(), fd));
                 }
             }
@@ -79,11 +80,7 @@ impl Pager {
         };
         match answer.reply() {
             Ok(Reply::Renewed { lease_ttl_ms }) => {
-                // From when it was sent: the daemon counts from when it came, which is later.
-                self.lease.ttl_ms = u64::from(lease_ttl_ms).max(3);
-                self.lease.ends_ms = sent_ms + self.lease.ttl_ms;
-                self.lease.renew_ms = sent_ms + self.lease.ttl_ms / 3;
-                self.shared.session.set_lease(self.lease.ends_ms);
+                self.lease.granted(&self.session, sent_ms, lease_ttl_ms);
             }
             Ok(other) => {
                 let error = crate::client::unexpected("Renewed", &other);
@@ -94,41 +91,50 @@ impl Pager {
     }
 
     fn notice(&mut self, notice: Notice, fd: Option<OwnedFd>) {
+        let number = self.session.number();
+        let recall = |recall| Recall {
+            session: Arc::clone(&self.session),
+            number: recall,
+        };
         match notice {
             Notice::Invalidate {
-                recall,
+                recall: asked,
                 file,
                 generation,
                 range,
                 ..
             } => {
-                match self.shared.file(file) {
+                let recall = recall(asked);
+                match self.shared.file(number, file) {
                     Some(file) => {
                         let job = Job::Invalidate {
                             file,
-                            generation,
+                            stamp: Stamp::new(number, generation),
                             range,
                             recall,
                         };
                         let _ = self.shared.jobs.send(job);
                     }
                     // Closed meanwhile: nothing is mapped.
-                    None => self.shared.session.post(&Request::Ack { recall }),
+                    None => recall.ack(),
                 }
             }
             Notice::Rebase {
-                recall,
+                recall: asked,
                 file,
                 generation,
                 version,
                 bytes,
                 ..
-            } => match self.shared.file(file) {
-                Some(file) => {
-                    self.newer(file, (generation, version, bytes), fd, Some(recall));
+            } => {
+                let recall = recall(asked);
+                match self.shared.file(number, file) {
+                    Some(file) => {
+                        self.newer(file, (generation, version, bytes), fd, Some(recall));
+                    }
+                    None => recall.ack(),
                 }
-                None => self.shared.session.post(&Request::Ack { recall }),
-            },
+            }
             Notice::Fenced { reason } => self.lose(LostWhy::Fenced(reason)),
             Notice::Goodbye => self.lose(LostWhy::Stopped),
         }

@@ -1,6 +1,6 @@
 //! Faults: what is asked for them, and what the answers do.
 
-use super::Pager;
+use super::{Pager, Phase};
 use super::faults::{InFlight, Waiter};
 use super::worker::Job;
 use crate::error::{LostWhy, MmapError};
@@ -9,7 +9,8 @@ use crate::granted::Brought;
 use crate::limits::EVENTS_MAX;
 use crate::mapped::{Change, Mapped};
 use crate::mapping::MapKind;
-use crate::session::Answer;
+use crate::session::{Answer, Recall};
+use crate::stamp::Stamp;
 use crate::uffd::{FaultEvent, UffdMsg};
 use copage_coherence::msg::{FaultHint, Generation, OpenHow, PageRange, Reply, Request};
 use copage_grants::{PAGE_SIZE, PAGE_SIZE_U64, PageIndex, Version};
@@ -37,7 +38,7 @@ impl Pager {
     }
 
     fn fault(&mut self, fault: FaultEvent) {
-        if self.ending {
+        if self.phase == Phase::Ending {
             // The worker wakes it when the page is SIGBUS.
             return;
         }
@@ -59,6 +60,10 @@ impl Pager {
             if mapped.store(uffd, page) == Change::Done {
                 mapped.wake(uffd, page, 1);
             }
+            return;
+        }
+        if self.phase != Phase::Live {
+            // Whoever waits is woken when a session serves.
             return;
         }
         match mapped.try_is_behind(page) {
@@ -84,9 +89,12 @@ impl Pager {
         if self.faults.is_restoring(&mapped, page) {
             return;
         }
-        let number = self.shared.session.number();
+        let Some(file) = mapped.file().token_in(self.session.number()) else {
+            return;
+        };
+        let number = self.session.next_request();
         let request = Request::Read {
-            file: mapped.file().token,
+            file,
             offset: page * PAGE_SIZE_U64,
             len: PAGE_SIZE as u32,
         };
@@ -139,10 +147,15 @@ impl Pager {
     /// Asks for pages, the waiter's among them. `tries`: how often mapping them has failed.
     pub(super) fn ask(&mut self, waiter: Waiter, pages: Range<u64>, hint: FaultHint, tries: u32) {
         let file = Arc::clone(waiter.mapped.file());
-        let generation = waiter.mapped.generation();
+        let stamp = waiter.mapped.stamp();
+        let now = self.session.number();
+        let (Some(generation), Some(token)) = (stamp.within(now), file.token_in(now)) else {
+            // A job that is with the worker shows the present content, or refuses it, and wakes.
+            return waiter.answer(Brought::Again);
+        };
         // A window, and what callers ask for, is at most FAULT_PAGES_MAX.
         let (first, count) = (pages.start, (pages.end - pages.start) as u32);
-        let number = self.shared.session.number();
+        let number = self.session.next_request();
         let range = PageRange {
             first: PageIndex(first),
             count,
@@ -150,13 +163,13 @@ impl Pager {
         self.send(
             number,
             &Request::Fault {
-                file: file.token,
+                file: token,
                 generation,
                 range,
                 hint,
             },
         );
-        let mut flight = InFlight::new(file, generation, (first, count), waiter);
+        let mut flight = InFlight::new(file, stamp, (first, count), waiter);
         flight.tries = tries;
         self.faults.insert(number, flight);
     }
@@ -184,7 +197,7 @@ impl Pager {
                 version,
                 bytes,
             }) => {
-                if generation <= flight.generation {
+                if Stamp::new(self.session.number(), generation) <= flight.stamp {
                     let text = "stale, but there is no newer content".into();
                     self.refused(flight, &MmapError::Protocol(text));
                     return;
@@ -267,7 +280,7 @@ impl Pager {
         file: Arc<FileInner>,
         (generation, version, bytes): (Generation, Version, u64),
         fd: Option<OwnedFd>,
-        recall: Option<u64>,
+        recall: Option<Recall>,
     ) {
         // What is pinned is mapped by nobody here and keeps its home: it only hears of the newer one.
         if fd.is_none() && file.how() == OpenHow::Map && !file.granted() {
@@ -277,7 +290,7 @@ impl Pager {
             return;
         }
         let content = Content {
-            generation,
+            stamp: Stamp::new(self.session.number(), generation),
             version,
             bytes,
             home: fd.filter(|_| !file.granted()).map(Arc::new),

@@ -38,6 +38,11 @@ impl Space {
         (addr - start < mapped.bytes()).then_some(mapped)
     }
 
+    /// Every mapping.
+    pub(crate) fn all(&self) -> Vec<Arc<Mapped>> {
+        self.by_addr.values().cloned().collect()
+    }
+
     /// The mappings of one open file.
     pub(crate) fn of_file(&self, file: &Arc<FileInner>) -> Vec<Arc<Mapped>> {
         self.by_addr

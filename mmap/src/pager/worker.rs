@@ -1,15 +1,18 @@
 //! What the pager must not do itself, because moving pages waits for the pager: a thread that does
 //! nothing until a file changes, pages are taken back, or the session is lost.
 
-use crate::error::{LostWhy, Result};
+use crate::error::{LostWhy, MmapError, Result};
 use crate::file::{Content, FileInner};
-use crate::granted::{Brought, MapJob, Pages, Told};
+use super::told::Told;
+use crate::granted::{Brought, MapJob, Pages};
 use crate::mapped::Mapped;
 use crate::mapping::MapKind;
 use crate::quiet::Quiet;
-use crate::rebase::{rebase, unmapped};
-use crate::session::Shared;
-use copage_coherence::msg::{Generation, PageRange, Request};
+use crate::rebase::{hollow, rebase, unmapped};
+use crate::session::Recall;
+use crate::shared::Shared;
+use crate::stamp::{SessionNo, Stamp};
+use copage_coherence::msg::PageRange;
 use copage_grants::{PAGE_SIZE, PageIndex};
 use crossbeam_channel::{Receiver, Sender};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -23,14 +26,22 @@ pub(crate) enum Job {
     Rebase {
         file: Arc<FileInner>,
         content: Content,
-        recall: Option<u64>,
+        recall: Option<Recall>,
     },
+    /// The file is not there in the new session: its mappings are SIGBUS. As with a rebase, its
+    /// `rebases` was raised.
+    Refuse {
+        file: Arc<FileInner>,
+        error: MmapError,
+    },
+    /// Nobody vouches any more for what sessions up to this one gave.
+    Hollow(SessionNo),
     /// Take pages out of the page tables, then say so.
     Invalidate {
         file: Arc<FileInner>,
-        generation: Generation,
+        stamp: Stamp,
         range: PageRange,
-        recall: u64,
+        recall: Recall,
     },
     /// Map a batch of grants.
     Map(MapJob),
@@ -57,19 +68,20 @@ pub(crate) fn run(shared: &Arc<Shared>, jobs: &Receiver<Job>, finished: &AtomicB
         }
         // A bug here must not leave threads waiting in their faults: it ends the session.
         if catch_unwind(AssertUnwindSafe(|| work(shared, job))).is_err() {
-            shared.session.lose(LostWhy::Internal);
+            shared.line.lose(LostWhy::Internal);
             break;
         }
     }
     let mappings = shared.space.lock().close();
+    let error = shared.line.lost_error();
     for mapped in &mappings {
-        mapped.refuse_lost(shared);
+        mapped.refuse(shared, &error);
     }
-    // Nothing is left for the pager to read: no page of this session is registered any more.
+    // Nothing is left for the pager to read: no page of this client is registered any more.
     finished.store(true, Ordering::Release);
-    shared.session.wake.signal();
+    shared.line.common.wake.signal();
     drop(mappings);
-    shared.session.tell_lost();
+    shared.line.tell_lost();
     // Mappings dropped while they were refused.
     while let Ok(job) = jobs.try_recv() {
         if let Job::Unmap(mapped) = job {
@@ -85,30 +97,40 @@ fn work(shared: &Shared, job: Job) {
             content,
             recall,
         } => do_rebase(shared, &file, content, recall),
+        Job::Refuse { file, error } => {
+            let mappings = shared.space.lock().of_file(&file);
+            for mapped in mappings {
+                mapped.refuse(shared, &error);
+            }
+            // As after a rebase.
+            file.rebases.fetch_sub(1, Ordering::SeqCst);
+            wake_file(shared, &file);
+        }
+        Job::Hollow(last) => {
+            for file in shared.mappable_files() {
+                if file.content.lock().stamp.session() <= last {
+                    hollow(shared, &file);
+                }
+            }
+        }
         Job::Invalidate {
             file,
-            generation,
+            stamp,
             range,
             recall,
         } => {
+            let pages = Pages {
+                stamp,
+                first: range.first.0,
+                count: range.count.into(),
+            };
             if file.granted() {
-                let pages = Pages {
-                    generation,
-                    first: range.first.0,
-                    count: range.count.into(),
-                };
                 take_back(shared, &file, pages, recall);
                 return;
             }
-            invalidate(shared, &file, generation, range);
-            unmapped(
-                shared,
-                file.token,
-                generation,
-                range.first.0,
-                range.count.into(),
-            );
-            shared.session.post(&Request::Ack { recall });
+            invalidate(shared, &file, stamp, range);
+            unmapped(shared, &file, stamp, pages.first, pages.count);
+            recall.ack();
         }
         Job::Map(job) => {
             let outcome = crate::granted::map(shared, &job);
@@ -143,22 +165,27 @@ fn work(shared: &Shared, job: Job) {
     }
 }
 
-fn do_rebase(shared: &Shared, file: &Arc<FileInner>, content: Content, recall: Option<u64>) {
-    rebase(shared, file, content);
-    // Down first, then wake: a fault that the pager let lie because the count was up is waiting by
-    // now; one that comes later is served.
-    file.rebases.fetch_sub(1, Ordering::SeqCst);
+fn wake_file(shared: &Shared, file: &Arc<FileInner>) {
     if let Ok(uffd) = &shared.uffd {
         let mappings = shared.space.lock().of_file(file);
         for mapped in mappings {
             mapped.wake_all(uffd);
         }
     }
+}
+
+fn do_rebase(shared: &Shared, file: &Arc<FileInner>, content: Content, recall: Option<Recall>) {
+    let stamp = content.stamp;
+    rebase(shared, file, content);
+    // Down first, then wake: a fault that the pager let lie because the count was up is waiting by
+    // now; one that comes later is served.
+    file.rebases.fetch_sub(1, Ordering::SeqCst);
+    wake_file(shared, file);
     if let Some(recall) = recall {
         if file.granted() {
             // Behind the word that the older content is unmapped, which the pager says.
             let pages = Pages {
-                generation: Generation(0),
+                stamp,
                 first: 0,
                 count: 0,
             };
@@ -170,13 +197,13 @@ fn do_rebase(shared: &Shared, file: &Arc<FileInner>, content: Content, recall: O
                 recall,
             });
         } else {
-            shared.session.post(&Request::Ack { recall });
+            recall.ack();
         }
     }
 }
 
 /// Takes granted pages back, then has the pager say so.
-fn take_back(shared: &Shared, file: &Arc<FileInner>, pages: Pages, recall: u64) {
+fn take_back(shared: &Shared, file: &Arc<FileInner>, pages: Pages, recall: Recall) {
     let range = PageRange {
         first: PageIndex(pages.first),
         // It came as one.
@@ -193,15 +220,15 @@ fn take_back(shared: &Shared, file: &Arc<FileInner>, pages: Pages, recall: u64) 
     {
         shared.tell(told);
         std::thread::sleep(std::time::Duration::from_millis(1));
-        return invalidate(shared, file, pages.generation, range);
+        return invalidate(shared, file, pages.stamp, range);
     }
-    invalidate(shared, file, pages.generation, range);
+    invalidate(shared, file, pages.stamp, range);
     shared.tell(told);
 }
 
-fn invalidate(shared: &Shared, file: &Arc<FileInner>, generation: Generation, range: PageRange) {
+fn invalidate(shared: &Shared, file: &Arc<FileInner>, stamp: Stamp, range: PageRange) {
     let mappings = shared.space.lock().of_file(file);
-    for mapped in mappings.iter().filter(|m| m.generation() == generation) {
+    for mapped in mappings.iter().filter(|m| m.stamp() == stamp) {
         if let Some((first, end)) = mapped.clip(range.first.0, range.count)
             && let Err(e) = mapped.discard(shared, first, end)
         {

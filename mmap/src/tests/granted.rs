@@ -364,6 +364,7 @@ fn local_private_mappings_of_granted_files_for_system_calls_in_user_mode_only() 
     let options = ConnectOptions {
         name: "guest".into(),
         userfault: UserfaultPolicy::UserModeOnly,
+        ..ConnectOptions::default()
     };
     let client = Client::connect_with_device(&fake.socket(), &options, standin).unwrap();
     for kind in [MapKind::Shared, MapKind::Private] {
@@ -402,7 +403,8 @@ fn local_granted_files_are_read_by_message_and_not_pinned() {
 
 #[test]
 fn local_a_lost_session_takes_granted_pages_away_whole() {
-    let (fake, standin, client) = start();
+    let (fake, standin) = Fake::start_granted(BYTES, true);
+    let client = connect_granted_for(&fake, 0);
     let file = open(&client, OpenHow::Map);
     let mapping = file.map(&MapOptions::shared()).unwrap();
     let mine = file.map(&MapOptions::private()).unwrap();

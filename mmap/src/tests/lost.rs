@@ -18,7 +18,7 @@ fn reachable(mapping: &Mapping, page: usize) -> bool {
 
 fn ends_with(end: impl FnOnce(&Fake), ttl_ms: u32) -> LostWhy {
     let fake = Fake::start_with(BYTES, ttl_ms);
-    let client = connect(&fake);
+    let client = connect_for(&fake, 0);
     let file = open(&client, OpenHow::Map);
     let mapping = file.map(&MapOptions::shared()).unwrap();
     let mine = file.map(&MapOptions::private()).unwrap();
@@ -153,7 +153,7 @@ fn in_process(test: &str) -> (Option<i32>, Option<i32>) {
 #[ignore = "dies of SIGBUS: the child of another test"]
 fn child_reads_on_after_death() {
     let fake = Fake::start(BYTES);
-    let client = connect(&fake);
+    let client = connect_for(&fake, 0);
     let mapping = map(&client, &MapOptions::shared());
     assert_eq!(page_word(mapping.as_volatile(), 3), word(1, 3));
     fake.die();

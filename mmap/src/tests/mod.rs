@@ -23,14 +23,32 @@ fn connect(fake: &Fake) -> Client {
 
 /// To a fake that shares by grants.
 fn connect_granted(fake: &Fake) -> Client {
+    connect_granted_for(fake, ConnectOptions::default().reconnect_ms)
+}
+
+/// One that looks `reconnect_ms` for its daemon, over descriptors or grants.
+fn connect_for(fake: &Fake, reconnect_ms: u32) -> Client {
+    let options = ConnectOptions {
+        reconnect_ms,
+        ..ConnectOptions::named("guest")
+    };
+    Client::connect(&fake.socket(), &options).unwrap()
+}
+
+fn connect_granted_for(fake: &Fake, reconnect_ms: u32) -> Client {
+    let options = ConnectOptions {
+        reconnect_ms,
+        ..ConnectOptions::named("guest")
+    };
     let device = fake.state.lock().standin.clone().unwrap();
-    Client::connect_with_device(&fake.socket(), &ConnectOptions::named("guest"), device).unwrap()
+    Client::connect_with_device(&fake.socket(), &options, device).unwrap()
 }
 
 fn connect_with(fake: &Fake, userfault: UserfaultPolicy) -> Client {
     let options = ConnectOptions {
         name: "guest".into(),
         userfault,
+        ..ConnectOptions::default()
     };
     Client::connect(&fake.socket(), &options).unwrap()
 }

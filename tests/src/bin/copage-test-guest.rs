@@ -127,7 +127,8 @@ impl Agent {
                 socket,
                 name,
                 userfault,
-            } => self.connect(&socket, name, &userfault),
+                reconnect_ms,
+            } => self.connect(&socket, name, &userfault, reconnect_ms),
             Order::Map {
                 export,
                 path,
@@ -239,6 +240,12 @@ impl Agent {
                     why: client.lost().map(|why| why.to_string()),
                 })
             }
+            Order::Reconnects => {
+                let client = self.client.as_ref().context("not connected")?;
+                Ok(Answer::Reconnects {
+                    count: client.reconnects(),
+                })
+            }
             Order::Disconnect => {
                 self.views.clear();
                 self.exports.clear();
@@ -248,7 +255,13 @@ impl Agent {
         }
     }
 
-    fn connect(&mut self, socket: &str, name: String, userfault: &str) -> Result<Answer> {
+    fn connect(
+        &mut self,
+        socket: &str,
+        name: String,
+        userfault: &str,
+        reconnect_ms: u32,
+    ) -> Result<Answer> {
         let userfault = match userfault {
             "best" => UserfaultPolicy::Best,
             "user-mode-only" => UserfaultPolicy::UserModeOnly,
@@ -256,8 +269,13 @@ impl Agent {
             other => bail!("no such policy: {other}"),
         };
         self.exports.clear();
-        let client = Client::connect(Path::new(socket), &ConnectOptions { name, userfault })?;
-        let welcome = client.welcome().clone();
+        let options = ConnectOptions {
+            name,
+            userfault,
+            reconnect_ms,
+        };
+        let client = Client::connect(Path::new(socket), &options)?;
+        let welcome = client.welcome();
         let full = client.userfault_mode() == copage_mmap::UserfaultMode::Full;
         self.client = Some(client);
         Ok(Answer::Connected {

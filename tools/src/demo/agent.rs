@@ -4,12 +4,11 @@ use super::pattern::{self, PageContent};
 use super::proto::{Answer, Order, Watched};
 use anyhow::{Context, Result, bail};
 use copage_coherence::msg::OpenHow;
-use copage_grants::channel::Channel;
 use copage_grants::sys::PageMap;
 use copage_grants::volatile::VolatileBytes;
 use copage_grants::{PAGE_SIZE, PAGE_SIZE_U64};
 use copage_mmap::native::NativeMapping;
-use copage_mmap::{Client, ConnectOptions, Export, MapOptions, Mapping};
+use copage_mmap::{Client, ConnectOptions, DaemonAt, Export, MapOptions, Mapping};
 use std::collections::HashMap;
 use std::io::{BufRead, Write};
 use std::path::Path;
@@ -101,7 +100,7 @@ impl Agent {
     fn connect(&mut self) -> Result<Answer> {
         let options = ConnectOptions::named(&self.name);
         let client = match self.connect.as_str() {
-            "xen" => Client::connect_over(Channel::connect_xen()?, &options)?,
+            "xen" => Client::connect_at(&DaemonAt::Xen, &options)?,
             socket => Client::connect(Path::new(socket), &options)?,
         };
         let domid = client.welcome().dom.0;

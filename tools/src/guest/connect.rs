@@ -60,6 +60,7 @@ impl Where {
         ConnectOptions {
             name: self.name.clone().unwrap_or_default(),
             userfault: copage_mmap::UserfaultPolicy::None,
+            ..ConnectOptions::default()
         }
     }
 
