@@ -110,10 +110,7 @@ impl Line {
     /// Is the daemon away, or are files being opened again?
     pub(crate) fn is_away(&self) -> bool {
         self.check_process().is_ok()
-            && matches!(
-                self.inner.lock().state,
-                State::Returning(_) | State::Away
-            )
+            && matches!(self.inner.lock().state, State::Returning(_) | State::Away)
     }
 
     fn set(&self, state: State) -> bool {

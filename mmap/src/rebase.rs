@@ -14,8 +14,7 @@ use std::sync::Arc;
 pub(crate) fn rebase(shared: &Shared, file: &Arc<FileInner>, content: Content) {
     let (newest, older) = {
         let mut known = file.content.lock();
-        let older = (content.stamp > known.stamp)
-            .then(|| std::mem::replace(&mut *known, content));
+        let older = (content.stamp > known.stamp).then(|| std::mem::replace(&mut *known, content));
         (known.clone(), older)
     };
     // Whoever maps from here on maps the newest; what was entered before is in the table.
@@ -56,13 +55,7 @@ pub(crate) fn hollow(shared: &Shared, file: &Arc<FileInner>) {
 
 /// Says that `pages` pages from `first` are not mapped any more, if that means anything to the daemon
 /// that is there now.
-pub(crate) fn unmapped(
-    shared: &Shared,
-    file: &FileInner,
-    stamp: Stamp,
-    first: u64,
-    pages: u64,
-) {
+pub(crate) fn unmapped(shared: &Shared, file: &FileInner, stamp: Stamp, first: u64, pages: u64) {
     let Some(session) = shared.line.present() else {
         return;
     };

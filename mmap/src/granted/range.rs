@@ -367,7 +367,7 @@ mod tests {
         let held: Arc<Held> = Arc::default();
         let mut windows = Windows::default();
         for (n, range) in spans.iter().enumerate() {
-            let granted = device.grant(1, n as u64 * 1000, range.len());
+            let granted = device.grant(1, 1, n as u64 * 1000, range.len());
             let (refs, dyn_device) = (granted, Arc::clone(&device) as Arc<_>);
             let window = Window::place(
                 &dyn_device,

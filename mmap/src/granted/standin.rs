@@ -24,6 +24,8 @@ struct Entry {
     permit: bool,
     /// GTF_reading, counted.
     mapped: u32,
+    /// Of a daemon that is gone: free when it is out of use.
+    orphan: bool,
 }
 
 #[derive(Default)]
@@ -92,7 +94,8 @@ impl StandIn {
 
     /// Grants pages as a daemon does: those that are granted keep their entries. Fewer than asked
     /// where the frames do not follow each other (as when a cache domain ends).
-    pub(crate) fn grant(&self, generation: u32, first: u64, count: usize) -> Vec<u32> {
+    /// `shown`: the number of the content.
+    pub(crate) fn grant(&self, generation: u32, shown: u32, first: u64, count: usize) -> Vec<u32> {
         let mut state = self.state.lock();
         let state = &mut *state;
         let mut refs = Vec::new();
@@ -118,7 +121,7 @@ impl StandIn {
                     }
                     state.used_frames.insert(frame);
                     state.next_frame = frame + 1;
-                    self.fill(frame, content(generation, page));
+                    self.fill(frame, content(shown, page));
                     let gref = state.free.pop().unwrap_or_else(|| {
                         state.entries.push(Entry::default());
                         state.entries.len() as u32 - 1
@@ -127,6 +130,7 @@ impl StandIn {
                         frame,
                         permit: true,
                         mapped: 0,
+                        orphan: false,
                     };
                     state.pages.insert(key, gref);
                     gref
@@ -154,13 +158,38 @@ impl StandIn {
             if entry.mapped > 0 {
                 continue;
             }
-            let frame = entry.frame;
-            *entry = Entry::default();
-            self.fill(frame, GARBAGE);
-            state.used_frames.remove(&frame);
+            self.free(state, gref);
             state.pages.remove(&key);
-            state.free.push(gref);
         }
+    }
+
+    /// Another daemon: it knows none of the entries, keeps what is in use as it is, and uses the rest at
+    /// once (a real one lets numbers rest for a term, which is more than a guest needs to hear of it).
+    pub(crate) fn restart(&self) {
+        let mut state = self.state.lock();
+        let state = &mut *state;
+        let refs: Vec<u32> = std::mem::take(&mut state.pages).into_values().collect();
+        for gref in refs.into_iter().rev() {
+            let entry = &mut state.entries[gref as usize];
+            entry.permit = false;
+            entry.orphan = true;
+            if entry.mapped == 0 {
+                self.free(state, gref);
+            }
+        }
+    }
+
+    fn free(&self, state: &mut State, gref: u32) {
+        let frame = std::mem::take(&mut state.entries[gref as usize]).frame;
+        self.fill(frame, GARBAGE);
+        state.used_frames.remove(&frame);
+        state.free.push(gref);
+    }
+
+    /// Entries in use that the present daemon did not grant.
+    pub(crate) fn left_over(&self) -> usize {
+        let state = self.state.lock();
+        state.entries.iter().filter(|e| e.orphan).count()
     }
 
     /// The newest batch that was announced.
@@ -291,8 +320,12 @@ impl Device for StandIn {
         let state = &mut *state;
         let (refs, mapped) = state.batches.remove(&index).ok_or_else(einval)?;
         assert_eq!(refs.len(), pages, "a batch is let go of whole");
-        for gref in refs.iter().filter(|_| mapped) {
-            state.entries[*gref as usize].mapped -= 1;
+        for gref in refs.into_iter().filter(|_| mapped) {
+            let entry = &mut state.entries[gref as usize];
+            entry.mapped -= 1;
+            if entry.orphan && entry.mapped == 0 {
+                self.free(state, gref);
+            }
         }
         Ok(())
     }

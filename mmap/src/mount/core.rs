@@ -127,7 +127,8 @@ impl Core {
     /// The attributes of a node. Those of a file that is open on frames are its open content's.
     pub(super) fn attr(&self, id: u64) -> Result<FileAttr, Errno> {
         let is_open = |e: &super::table::Entry<Node, Opens>| e.open.on_frames().is_some();
-        let fresh = if self.link.last().is_away() && self.table.lock().get(id).is_some_and(is_open) {
+        let fresh = if self.link.last().is_away() && self.table.lock().get(id).is_some_and(is_open)
+        {
             // Nobody who uses an open file waits for the daemon.
             Err(Errno::EIO)
         } else {

@@ -76,8 +76,7 @@ impl InFlight {
     }
 
     fn is_of(&self, waiter: &Waiter) -> bool {
-        self.stamp == waiter.mapped.stamp()
-            && Arc::ptr_eq(&self.file, waiter.mapped.file())
+        self.stamp == waiter.mapped.stamp() && Arc::ptr_eq(&self.file, waiter.mapped.file())
     }
 
     fn end(&self) -> u64 {

@@ -1,10 +1,10 @@
 //! Granted files: what is asked for, what the answers do, and what is said to be unmapped. All of it
 //! leaves by this thread, so that the order is known: see [`crate::granted`].
 
-use super::told::Told;
-use super::{Pager, Phase};
 use super::faults::{InFlight, Waiter};
+use super::told::Told;
 use super::worker::Job;
+use super::{Pager, Phase};
 use crate::error::MmapError;
 use crate::file::FileInner;
 use crate::granted::{Brought, Cover, MapJob, MapOutcome, Pages};
@@ -192,12 +192,21 @@ impl Pager {
             return;
         };
         let end = flight.first + u64::from(count);
+        let asked_end = flight.first + u64::from(flight.count);
         match outcome {
             MapOutcome::Done => {
                 for waiter in flight.waiters {
                     let here = mappings.iter().any(|m| Arc::ptr_eq(m, &waiter.mapped));
-                    if !here || waiter.page >= end {
+                    if !here {
                         self.want(waiter);
+                        continue;
+                    }
+                    if waiter.page >= end {
+                        // The answer was cut before it, and would be again.
+                        let rest = waiter.page..asked_end;
+                        if !self.faults.join(&waiter) {
+                            self.want_within(waiter, rest, FaultHint::Random);
+                        }
                         continue;
                     }
                     if waiter.write && waiter.mapped.kind() == MapKind::Private {
@@ -229,8 +238,7 @@ impl Pager {
     fn ask_again(&mut self, mut flight: InFlight) {
         let now = self.session.number();
         // It was asked in this session: a later one forgot it.
-        let (Some(generation), Some(file)) =
-            (flight.stamp.within(now), flight.file.token_in(now))
+        let (Some(generation), Some(file)) = (flight.stamp.within(now), flight.file.token_in(now))
         else {
             return;
         };

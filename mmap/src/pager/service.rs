@@ -1,8 +1,8 @@
 //! Faults: what is asked for them, and what the answers do.
 
-use super::{Pager, Phase};
 use super::faults::{InFlight, Waiter};
 use super::worker::Job;
+use super::{Pager, Phase};
 use crate::error::{LostWhy, MmapError};
 use crate::file::{Content, FileInner};
 use crate::granted::Brought;

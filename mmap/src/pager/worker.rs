@@ -1,9 +1,9 @@
 //! What the pager must not do itself, because moving pages waits for the pager: a thread that does
 //! nothing until a file changes, pages are taken back, or the session is lost.
 
+use super::told::Told;
 use crate::error::{LostWhy, MmapError, Result};
 use crate::file::{Content, FileInner};
-use super::told::Told;
 use crate::granted::{Brought, MapJob, Pages};
 use crate::mapped::Mapped;
 use crate::mapping::MapKind;

@@ -1,5 +1,6 @@
 //! A daemon that is no more than the protocol: one thread, one guest at a time, files whose pages
-//! say where they are from. What it is told to do wrong it does wrong.
+//! say where they are from. What it is told to do wrong it does wrong. It can die and begin anew, with
+//! numbers that begin anew too; a number of another session is written down as wrong.
 
 use crate::granted::standin::{StandIn, content};
 use copage_coherence::msg::{
@@ -18,9 +19,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-pub(super) const EPOCH: Epoch = Epoch(77);
-
-/// The word that fills page `page` of content `generation`; never 0.
+/// The word that fills page `page` of the content with this number; never 0. With the first daemon that
+/// is the content's generation.
 pub(super) fn word(generation: u32, page: u64) -> u64 {
     content(generation, page)
 }
@@ -58,13 +58,13 @@ impl Home {
         }
     }
 
-    fn fill(&self, generation: u32, first: u64, pages: u64) {
+    fn fill(&self, content: u32, first: u64, pages: u64) {
         if pages == 0 {
             return;
         }
         let mut data = Vec::with_capacity(pages as usize * PAGE_SIZE);
         for page in first..first + pages {
-            data.extend_from_slice(&word(generation, page).to_le_bytes().repeat(PAGE_SIZE / 8));
+            data.extend_from_slice(&word(content, page).to_le_bytes().repeat(PAGE_SIZE / 8));
         }
         let until = (self.bytes - first * PAGE_SIZE as u64).min(data.len() as u64) as usize;
         data[until..].fill(0);
@@ -92,6 +92,8 @@ pub(super) enum Seen {
         count: u32,
         hint: FaultHint,
     },
+    /// One that was not answered.
+    Read,
     Forget,
     Close,
     Ack(u64),
@@ -103,8 +105,29 @@ pub(super) enum Seen {
     Bye,
 }
 
+/// The files: their slots as nodes.
+const F: u32 = 2;
+const G: u32 = 3;
+
 #[derive(Default)]
 pub(super) struct State {
+    /// Of the last session; each has the next.
+    pub(super) epoch: u64,
+    /// Sessions there were, and opens in the last.
+    sessions: u32,
+    opens: u32,
+    /// Generation 1 of this daemon is content 1 + this.
+    base: u32,
+    /// Nobody gets in.
+    pub(super) down: bool,
+    /// Die after so many messages.
+    pub(super) dies_after: Option<u32>,
+    /// `f` is the host's file of this number; `None`: there is no `f`.
+    pub(super) ino: Option<u64>,
+    /// Numbers that came and are not of the session they came in.
+    pub(super) wrong: Vec<String>,
+    /// Of daemons before; guests may have them mapped.
+    old_homes: Vec<Home>,
     pub(super) homes: HashMap<u32, Home>,
     pub(super) newest: u32,
     pub(super) seen: Vec<Seen>,
@@ -150,18 +173,18 @@ impl Fake {
 
     /// Asks for granted pages of the newest content back.
     pub(super) fn take_back(&self, recall: u64, first: u64, count: u32) {
-        let generation = {
+        let (generation, token) = {
             let mut state = self.state.lock();
             let newest = state.newest;
             let batch = state.standin.as_ref().map_or(0, |s| s.newest_batch());
             state
                 .recalls
                 .insert(recall, (newest, first, u64::from(count), batch));
-            newest
+            (newest, state.token())
         };
         let notice = Notice::Invalidate {
             recall,
-            file: FileToken(5),
+            file: token,
             generation: Generation(generation),
             range: PageRange {
                 first: PageIndex(first),
@@ -177,6 +200,8 @@ impl Fake {
         let dir = tempfile::tempdir().unwrap();
         let backend = Arc::new(LocalBackend::new(LocalConfig::default()).unwrap());
         let mut state = State {
+            epoch: 77,
+            ino: Some(1),
             newest: 1,
             grant_max: u32::MAX,
             ..State::default()
@@ -195,7 +220,13 @@ impl Fake {
             // Until the process ends, or the test has dropped it and nobody comes.
             while let Ok((channel, _peer)) = listener.accept() {
                 let channel = Arc::new(channel);
-                daemon.state.lock().channel = Some(Arc::clone(&channel));
+                {
+                    let mut state = daemon.state.lock();
+                    if state.down {
+                        continue;
+                    }
+                    state.channel = Some(Arc::clone(&channel));
+                }
                 let daemon = Arc::clone(&daemon);
                 std::thread::spawn(move || daemon.serve(&channel));
             }
@@ -210,6 +241,7 @@ impl Fake {
     fn serve(&self, channel: &Channel) {
         let mut buf = vec![0; MESSAGE_BYTES_MAX];
         let mut out = Vec::new();
+        let mut epoch = Epoch(0);
         loop {
             let len = match channel.recv(&mut buf) {
                 Ok(message) => message.len,
@@ -221,6 +253,24 @@ impl Fake {
             let request = request.unwrap();
             let (slow, reply) = {
                 let mut state = self.state.lock();
+                if state.dies_after == Some(0) {
+                    (state.dies_after, state.down) = (None, true);
+                    self.changed.notify_all();
+                }
+                if state.down {
+                    // Dead, and read no more.
+                    return channel.shutdown();
+                }
+                state.dies_after = state.dies_after.map(|left| left - 1);
+                if let Request::Hello { .. } = request {
+                    state.epoch += 1;
+                    state.sessions += 1;
+                    state.opens = 0;
+                    epoch = Epoch(state.epoch);
+                } else if frame.epoch != epoch {
+                    let text = format!("{request:?} in epoch {epoch:?}: {:?}", frame.epoch);
+                    state.wrong.push(text);
+                }
                 let reply = state.handle(&request, self.ttl_ms);
                 (state.slow, reply)
             };
@@ -229,12 +279,11 @@ impl Fake {
                 if matches!(request, Request::Fault { .. }) {
                     std::thread::sleep(slow);
                 }
-                let epoch = if matches!(request, Request::Hello { .. }) {
-                    Epoch(0)
-                } else {
-                    EPOCH
+                let of = match request {
+                    Request::Hello { .. } => Epoch(0),
+                    _ => epoch,
                 };
-                reply.encode(frame.request, epoch, &mut out).unwrap();
+                reply.encode(frame.request, of, &mut out).unwrap();
                 // The guest may be gone; what it said before is still read.
                 let _ = channel.send(&out, fd.as_ref().map(AsFd::as_fd));
             }
@@ -255,8 +304,11 @@ impl Fake {
 
     pub(super) fn notify(&self, notice: &Notice, fd: Option<&OwnedFd>) {
         let mut out = Vec::new();
-        notice.encode(EPOCH, &mut out).unwrap();
-        let channel = self.state.lock().channel.clone().unwrap();
+        let (epoch, channel) = {
+            let state = self.state.lock();
+            (Epoch(state.epoch), state.channel.clone().unwrap())
+        };
+        notice.encode(epoch, &mut out).unwrap();
         channel.send(&out, fd.map(AsFd::as_fd)).unwrap();
     }
 
@@ -274,6 +326,30 @@ impl Fake {
     /// As if the daemon died.
     pub(super) fn die(&self) {
         self.state.lock().channel.take().unwrap().shutdown();
+    }
+
+    /// As if the daemon died and none came in its place.
+    pub(super) fn go_down(&self) {
+        self.state.lock().down = true;
+        self.die();
+    }
+
+    /// Another daemon in its place, which counts from 1 again. `changed`: the host changed the file
+    /// meanwhile. The content that it has.
+    pub(super) fn come_back(&self, changed: bool) -> u32 {
+        let mut state = self.state.lock();
+        let bytes = state.homes[&state.newest].bytes;
+        state.base += state.newest - u32::from(!changed);
+        state.newest = 1;
+        let old: Vec<Home> = state.homes.drain().map(|(_, home)| home).collect();
+        state.old_homes.extend(old);
+        state.homes.insert(1, Home::new(&self.backend, bytes));
+        if let Some(standin) = &state.standin {
+            standin.restart();
+        }
+        state.down = false;
+        state.stuck = false;
+        state.content()
     }
 
     /// A newer content. `force`: everything of the old is taken back.
@@ -299,9 +375,9 @@ impl Fake {
             let home = &state.homes[&state.newest];
             let notice = Notice::Rebase {
                 recall,
-                file: FileToken(5),
+                file: state.token(),
                 generation: Generation(state.newest),
-                version: Version::new(1, state.newest),
+                version: state.version(),
                 bytes: home.bytes,
                 deadline_ms: 1000,
             };
@@ -327,14 +403,14 @@ impl Fake {
     }
 }
 
-fn attr(kind: FileKind, bytes: u64) -> Attr {
+fn attr(kind: FileKind, ino: u64, bytes: u64) -> Attr {
     Attr {
         kind,
         perm: 0o755,
         nlink: 1,
         uid: 0,
         gid: 0,
-        ino: 1,
+        ino,
         dev: 1,
         rdev: 0,
         bytes,
@@ -348,19 +424,60 @@ fn attr(kind: FileKind, bytes: u64) -> Attr {
 type Said = Option<(Reply<'static>, Option<OwnedFd>)>;
 
 impl State {
+    /// The content that there is.
+    pub(super) fn content(&self) -> u32 {
+        self.base + self.newest
+    }
+
+    fn version(&self) -> Version {
+        Version::new(self.sessions, self.newest)
+    }
+
+    /// The token of the first open in the present session; the others follow.
+    fn token(&self) -> FileToken {
+        FileToken(u64::from(5 + 100_000 * (self.sessions - 1)))
+    }
+
+    /// Writes down what is of another session.
+    fn check(&mut self, request: &Request<'_>) {
+        let right = match *request {
+            Request::Lookup { parent: node, .. }
+            | Request::Getattr { node }
+            | Request::Readdir { node, .. }
+            | Request::Forget { node, .. }
+            | Request::Open { node, .. } => node.epoch == self.epoch,
+            Request::Close { file }
+            | Request::Fault { file, .. }
+            | Request::Read { file, .. }
+            | Request::Unmapped { file, .. } => {
+                let first = self.token().0;
+                (first..first + u64::from(self.opens)).contains(&file.0)
+            }
+            _ => true,
+        };
+        if !right {
+            self.wrong
+                .push(format!("{request:?} in epoch {}", self.epoch));
+        }
+    }
+
     fn handle(&mut self, request: &Request<'_>, ttl_ms: u32) -> Said {
+        self.check(request);
+        self.opens += u32::from(matches!(request, Request::Open { .. }));
+        let epoch = self.epoch;
         let handle = |slot| Handle {
             slot,
             tag: 9,
-            epoch: EPOCH.0,
+            epoch,
         };
+        let content = self.content();
         let newest = &self.homes[&self.newest];
         let plain = |reply| Some((reply, None));
         match *request {
             Request::Hello { .. } => {
                 let welcome = Reply::Welcome {
                     dom: DomId(3),
-                    epoch: EPOCH,
+                    epoch: Epoch(self.epoch),
                     lease_ttl_ms: ttl_ms,
                     invalidate_deadline_ms: 5000,
                     handles_max: 100,
@@ -379,12 +496,19 @@ impl State {
             }),
             Request::Attach { export: b"all" } => plain(Reply::Attached {
                 root: handle(1),
-                attr: attr(FileKind::Directory, 0),
+                attr: attr(FileKind::Directory, 100, 0),
                 mode: 0,
             }),
-            Request::Lookup { name: b"f", .. } => plain(Reply::Entry {
-                node: handle(2),
-                attr: attr(FileKind::Regular, newest.bytes),
+            Request::Lookup { name: b"f", .. } if self.ino.is_some() => plain(Reply::Entry {
+                node: handle(F),
+                attr: attr(FileKind::Regular, self.ino.unwrap_or(0), newest.bytes),
+            }),
+            Request::Lookup { name: b"g", .. } => plain(Reply::Entry {
+                node: handle(G),
+                attr: attr(FileKind::Regular, 200, newest.bytes),
+            }),
+            Request::Getattr { .. } => plain(Reply::Attr {
+                attr: attr(FileKind::Regular, 1, newest.bytes),
             }),
             Request::Attach { .. } | Request::Lookup { .. } => plain(Reply::Error {
                 errno: libc::ENOENT,
@@ -392,12 +516,12 @@ impl State {
             }),
             Request::Open { how, .. } => {
                 if how == OpenHow::Pin {
-                    newest.fill(self.newest, 0, pages_for(newest.bytes));
+                    newest.fill(content, 0, pages_for(newest.bytes));
                 }
                 let opened = Reply::Opened {
-                    file: FileToken(5),
+                    file: FileToken(self.token().0 + u64::from(self.opens) - 1),
                     generation: Generation(self.newest),
-                    version: Version::new(1, self.newest),
+                    version: self.version(),
                     bytes: newest.bytes,
                     flags: OpenedFlags {
                         descriptor: self.standin.is_none(),
@@ -430,10 +554,11 @@ impl State {
                 });
                 self.fault(generation, range)
             }
+            Request::Read { .. } if self.stuck => self.note(Seen::Read),
             Request::Read { offset, len, .. } => {
                 let page = offset / PAGE_SIZE as u64;
                 let end = newest.bytes.min(offset.saturating_add(len.into()));
-                let bytes = word(self.newest, page).to_le_bytes().repeat(PAGE_SIZE / 8);
+                let bytes = word(content, page).to_le_bytes().repeat(PAGE_SIZE / 8);
                 let data = bytes[..end.saturating_sub(offset) as usize].to_vec();
                 plain(Reply::Bytes { data: data.leak() })
             }
@@ -484,7 +609,7 @@ impl State {
         if generation.0 != self.newest {
             let stale = Reply::Stale {
                 generation: Generation(self.newest),
-                version: Version::new(1, self.newest),
+                version: self.version(),
                 bytes: newest.bytes,
             };
             let fd = newest.read.try_clone().unwrap();
@@ -507,7 +632,7 @@ impl State {
             return Some((Reply::Error { errno, text }, None));
         }
         if let Some(standin) = &self.standin {
-            let refs = standin.grant(self.newest, first, (end - first) as usize);
+            let refs = standin.grant(self.newest, self.content(), first, (end - first) as usize);
             let bytes: Vec<u8> = refs.iter().flat_map(|r| r.to_le_bytes()).collect();
             let granted = Reply::Granted {
                 generation,
@@ -523,7 +648,7 @@ impl State {
         if self.thrash {
             newest.punch(0, pages_for(newest.bytes));
         }
-        newest.fill(self.newest, first, end - first);
+        newest.fill(self.content(), first, end - first);
         let granted = Reply::Granted {
             generation,
             range: PageRange {

@@ -253,7 +253,7 @@ fn answer_that_crosses_an_ack(seed: impl FnOnce(&Mutants)) -> (u64, Arc<StandIn>
         fake.take_back(1, 0, 16);
         std::thread::sleep(Duration::from_millis(100));
         standin.revoke(1, 0, 16);
-        standin.grant(1, 128, 16);
+        standin.grant(1, 1, 128, 16);
         fake.state.lock().slow = Duration::ZERO;
         reader.join().unwrap()
     });

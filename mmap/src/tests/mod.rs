@@ -11,6 +11,8 @@ mod granted_races;
 mod lost;
 mod private;
 mod rebase;
+mod returns;
+mod returns_late;
 
 use crate::{Client, ConnectOptions, File, MapOptions, Mapping, OpenHow, UserfaultPolicy};
 use copage_grants::{PAGE_SIZE, volatile::VolatileBytes};

@@ -15,6 +15,8 @@ const ATTACK: Duration = Duration::from_secs(4);
 pub fn session(_: &[&str]) -> Result<()> {
     let options = ConnectOptions {
         userfault: copage_mmap::UserfaultPolicy::None,
+        // The end of its daemon is what is waited for.
+        reconnect_ms: 0,
         ..ConnectOptions::default()
     };
     let client = Client::connect_at(&DaemonAt::Xen, &options)?;

@@ -51,10 +51,16 @@ fn perform() -> Result<ExitCode> {
                 name,
                 limit_s,
                 shows,
+                nightly,
                 ..
             } in CHECKS
             {
-                println!("{name:<14} {shows} (at most {limit_s} s)");
+                let when = if *nightly {
+                    "nightly: only when named; "
+                } else {
+                    ""
+                };
+                println!("{name:<14} {shows} ({when}at most {limit_s} s)");
             }
         }
         ["limit", names @ ..] => {
@@ -73,6 +79,11 @@ fn perform() -> Result<ExitCode> {
         ["pipe-warden", domid, pipe] => pipe::warden(domid.parse()?, pipe)?,
         ["agent"] => agent::serve()?,
         ["do", name, arguments @ ..] => {
+            // What the library has to say, for who looks why a program ended.
+            tracing_subscriber::fmt()
+                .with_ansi(false)
+                .with_writer(std::io::stderr)
+                .init();
             let program = programs::PROGRAMS.iter().find(|p| p.0 == *name);
             program
                 .with_context(|| format!("no such program: {name}"))?
@@ -85,7 +96,7 @@ fn perform() -> Result<ExitCode> {
 
 fn chosen(names: &[&str]) -> Result<Vec<&'static Check>> {
     if names.is_empty() {
-        return Ok(CHECKS.iter().collect());
+        return Ok(CHECKS.iter().filter(|c| !c.nightly).collect());
     }
     let find = |name: &&str| {
         let found = CHECKS.iter().find(|c| c.name == *name);

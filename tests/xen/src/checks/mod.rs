@@ -26,6 +26,8 @@ pub struct Check {
     pub shows: &'static str,
     /// What it does; returns what was seen.
     pub run: fn(&Lab) -> Result<String>,
+    /// Too long for every run: only when it is named.
+    pub nightly: bool,
 }
 
 const fn check(
@@ -39,10 +41,18 @@ const fn check(
         limit_s,
         shows,
         run,
+        nightly: false,
     }
 }
 
-/// All of them, in the order they run in when none is named.
+const fn nightly(check: Check) -> Check {
+    Check {
+        nightly: true,
+        ..check
+    }
+}
+
+/// All of them, in the order they run in when none is named (but those for the night).
 pub const CHECKS: &[Check] = &[
     check("boot", 30, "Xen and dom0 are up", basic::boot),
     check(
@@ -126,9 +136,15 @@ pub const CHECKS: &[Check] = &[
     check(
         "kills",
         400,
-        "the daemon is killed ten times under guests that map",
+        "the daemon is killed ten times under programs in guests, which go on",
         kills::ten,
     ),
+    nightly(check(
+        "kills-200",
+        7200,
+        "the same two hundred times",
+        kills::two_hundred,
+    )),
     check(
         "rings",
         240,
