@@ -494,6 +494,42 @@ fn local_open_files_outlive_the_daemon_and_the_mount_finds_the_next_one() {
 }
 
 #[test]
+fn local_a_mount_waits_for_the_daemon_and_open_files_do_not() {
+    if !needs::fuse() {
+        return;
+    }
+    let tree = Tree::new();
+    let path = tree.pattern("f", 300);
+    fs::create_dir(tree.file("dir")).unwrap();
+    tree.pattern("dir/g", 5);
+    let mut daemon = Daemon::start(&tree, &Setup::default());
+    let mounted = mounted(&tree, &daemon, "mnt");
+    let dir = mounted.dir().to_owned();
+    let expected = fs::read(&path).unwrap();
+    let held = File::open(dir.join("f")).unwrap();
+    for _ in 0..3 {
+        daemon.kill();
+        let mut again = vec![0; expected.len()];
+        held.read_exact_at(&mut again, 0).unwrap();
+        assert!(again == expected, "what is open goes on");
+        assert_eq!(held.metadata().unwrap().len(), expected.len() as u64);
+        std::thread::scope(|scope| {
+            let list = scope.spawn(|| fs::read_dir(&dir).unwrap().count());
+            let read = scope.spawn(|| fs::read(dir.join("dir/g")).unwrap());
+            std::thread::sleep(Duration::from_millis(500));
+            assert!(!list.is_finished(), "answered by nobody");
+            daemon = Daemon::start(&tree, &Setup::default());
+            assert_eq!(list.join().unwrap(), 2);
+            assert_eq!(read.join().unwrap(), fs::read(tree.file("dir/g")).unwrap());
+        });
+        assert_eq!(fs::read(dir.join("f")).unwrap(), expected);
+    }
+    drop(held);
+    end(&mounted);
+    daemon.audit_clean();
+}
+
+#[test]
 fn local_more_files_than_handles_can_be_walked() {
     if !needs::fuse() {
         return;
