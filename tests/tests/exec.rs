@@ -10,8 +10,9 @@
 )]
 
 use copage_grants::sys::SignalFd;
-use copage_mmap::exec::{Command, ExecError, Running, Search};
-use copage_mmap::{Client, ConnectOptions, Export};
+use copage_mmap::exec::{Command, ExecError, Running, Search, Text};
+use copage_mmap::mount::{Detached, Target};
+use copage_mmap::{Client, ConnectOptions, DaemonAt, Export};
 use copage_tests::daemon::{Daemon, Setup};
 use copage_tests::tree::Tree;
 use copage_tests::wait;
@@ -247,5 +248,105 @@ fn local_many_programs_run_at_once_and_leave_nothing() {
         }
     });
     drop(export);
+    daemon.audit_clean();
+}
+
+/// A mount without a place, of the export of `/usr`.
+fn detached(daemon: &Daemon) -> Detached {
+    Detached::new(&Target {
+        daemon: DaemonAt::Socket(daemon.socket()),
+        connect: ConnectOptions::default(),
+        export: "usr".into(),
+    })
+    .unwrap()
+}
+
+fn may_mount() -> bool {
+    let may = rustix::process::geteuid().is_root() && fs::File::open("/dev/fuse").is_ok();
+    if !may {
+        println!("skipped: no FUSE, or not root");
+    }
+    may
+}
+
+/// What a guest of a hypervisor does, on this machine: cannot show that its pages are not executed from
+/// frames there.
+#[test]
+fn local_a_program_runs_from_the_page_cache_by_a_mount_without_a_place() {
+    if !may_mount() {
+        return;
+    }
+    let tree = Tree::new();
+    let mut daemon = daemon(&tree);
+    let export = attach(&daemon, "usr");
+    let mount = detached(&daemon);
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    assert!(!mounts.contains("copage:usr"), "{mounts}");
+    assert!(!mount.in_use());
+    let out = tree.at("out");
+    // Its child outlives it, and runs on from the mount.
+    let script = format!(
+        "(sleep 1; while [ -e {0} ]; do :; done; echo child >> {0}2) & echo \"$0\" > {0}; kill -9 $$",
+        out.display()
+    );
+    let text = Text::PageCache(mount.root());
+    let mut running = command("bash", &["-c", &script])
+        .start_from(&export, text)
+        .unwrap();
+    drop(export);
+    let signals = SignalFd::new(&Running::SIGNALS).unwrap();
+    let ended = running.wait(&signals, |_| None).unwrap();
+    assert_eq!(ended.signal(), Some(libc::SIGKILL));
+    assert_eq!(fs::read_to_string(&out).unwrap(), "bash\n");
+    let first = running.resident().unwrap();
+    let pages = first.pages.expect("this kernel tells");
+    assert!(first.files >= 3, "{first:?}");
+    assert!(pages > 50 && pages < first.of_pages, "{first:?}");
+    drop(running);
+    assert!(mount.in_use(), "the child runs from it");
+
+    // A second program off the same files copies nothing more.
+    let export = attach(&daemon, "usr");
+    let mut running = command("bash", &["-c", &script])
+        .start_from(&export, Text::PageCache(mount.root()))
+        .unwrap();
+    running.wait(&signals, |_| None).unwrap();
+    assert_eq!(running.resident().unwrap(), first);
+    drop((running, export));
+
+    fs::remove_file(&out).unwrap();
+    mount.end().unwrap();
+    // The mount is over, so they were: with their work done.
+    let said = fs::read_to_string(tree.at("out2")).unwrap();
+    assert_eq!(said, "child\nchild\n");
+    daemon.audit_clean();
+}
+
+#[test]
+fn local_a_program_runs_from_copies_of_whole_files() {
+    let tree = Tree::new();
+    let mut daemon = daemon(&tree);
+    let export = attach(&daemon, "usr");
+    let out = tree.at("out");
+    let script = format!("echo \"$0\" > {}; exit 7", out.display());
+    let mut running = command("bash", &["-c", &script])
+        .start_from(&export, Text::Copies)
+        .unwrap();
+    drop(export);
+    let signals = SignalFd::new(&Running::SIGNALS).unwrap();
+    let ended = running.wait(&signals, |_| None).unwrap();
+    assert_eq!(ended.code(), Some(7));
+    assert_eq!(fs::read_to_string(&out).unwrap(), "bash\n");
+    let resident = running.resident().unwrap();
+    assert_eq!(resident.pages, Some(resident.of_pages), "{resident:?}");
+    // They can be written by nobody.
+    let copy = running.plan().program.file.descriptor();
+    let again = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(copy));
+    let writer = fs::File::options().write(true).open(again);
+    if let Ok(mut writer) = writer {
+        let written = std::io::Write::write(&mut writer, b"x");
+        assert!(written.is_err(), "{written:?}");
+    }
+    drop(running);
     daemon.audit_clean();
 }

@@ -135,6 +135,12 @@ pub enum ExecError {
         /// Which.
         path: String,
     },
+    /// The host writes to it.
+    #[error("{path} is being changed on the host: try again when that is done")]
+    Changing {
+        /// Which.
+        path: String,
+    },
     /// A system call of this process failed.
     #[error("{call}")]
     Sys {
@@ -147,6 +153,12 @@ pub enum ExecError {
 }
 
 impl ExecError {
+    /// The daemon has no frame files to run from: its frames are granted by a hypervisor that
+    /// executes none of them.
+    pub fn no_frames_to_run(&self) -> bool {
+        matches!(self, Self::Share { source, .. } if source.errno() == libc::EOPNOTSUPP)
+    }
+
     /// The exit status that a shell would give: 127 for what is not there, 126 for what cannot run.
     pub fn exit_status(&self) -> u8 {
         match self {

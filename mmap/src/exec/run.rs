@@ -1,17 +1,13 @@
 //! Starting a planned program and staying with it.
 
 use super::closure::is_musl;
-use super::elf::{ReadAt, read_fd};
+use super::elf::ReadAt;
 use super::error::ExecError;
 use super::private_dir::PrivateDir;
-use super::program::{Dynamic, Part, Place, Plan, Search, Share, Who, last_name, plan};
+use super::program::{Dynamic, Part, Plan, Search, Who, last_name, plan};
+use super::source::{Pinned, Source, Text};
 use super::text::{FileId, TextReport};
-use crate::error::MmapError;
 use crate::export::Export;
-use crate::file::File;
-use crate::node::Node;
-use crate::walk::LastLink;
-use copage_coherence::msg::OpenHow;
 use copage_grants::sys::SignalFd;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{PidfdFlags, Signal, WaitId, WaitIdOptions};
@@ -23,75 +19,10 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ExitStatus};
-use std::sync::Arc;
 use std::time::Duration;
 
 /// The most bytes of a loader that are looked through for the options it knows. glibc's has 200 KiB.
 const LOADER_BYTES_MAX: usize = 4 << 20;
-
-/// A file of the share whose every page is there for as long as this lives. Clones are the same pin.
-#[derive(Clone, Debug)]
-pub struct Pinned {
-    inner: Arc<(File, OwnedFd)>,
-}
-
-impl Pinned {
-    /// Pins the regular file `node`.
-    pub fn new(node: &Node) -> Result<Self, MmapError> {
-        let file = node.open(OpenHow::Pin)?;
-        let fd = file.descriptor()?;
-        Ok(Self {
-            inner: Arc::new((file, fd)),
-        })
-    }
-
-    /// The open file.
-    pub fn file(&self) -> &File {
-        &self.inner.0
-    }
-
-    /// The frame file.
-    pub fn descriptor(&self) -> &OwnedFd {
-        &self.inner.1
-    }
-}
-
-impl ReadAt for Pinned {
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        read_fd(self.descriptor(), buf, offset)
-    }
-}
-
-impl Share for Export {
-    type Node = Node;
-    type File = Pinned;
-
-    fn look(&self, path: &[u8]) -> Result<Option<Place<Node>>, ExecError> {
-        match self.find(path, LastLink::Follow) {
-            Ok(found) => {
-                let attr = *found.node.known_attr();
-                Ok(Some(Place {
-                    node: found.node,
-                    path: found.path,
-                    attr,
-                }))
-            }
-            Err(e) if matches!(e.errno(), libc::ENOENT | libc::ENOTDIR) => Ok(None),
-            Err(source) => Err(share_error(path, source)),
-        }
-    }
-
-    fn pin(&self, place: &Place<Node>) -> Result<Pinned, ExecError> {
-        Pinned::new(&place.node).map_err(|source| share_error(&place.path, source))
-    }
-}
-
-fn share_error(path: &[u8], source: MmapError) -> ExecError {
-    ExecError::Share {
-        path: String::from_utf8_lossy(path).into_owned(),
-        source,
-    }
-}
 
 /// A program to be run off an export.
 #[derive(Clone, Debug)]
@@ -112,10 +43,21 @@ pub struct Running {
     pidfd: OwnedFd,
     plan: Plan<Pinned>,
     frames: HashSet<FileId>,
-    /// Their paths in the export.
-    paths: HashMap<FileId, Vec<u8>>,
+    /// What they are.
+    parts: HashMap<FileId, Part<Pinned>>,
     /// The links by which the loader finds what it loads; removed when dropped.
     _links: PrivateDir,
+}
+
+/// What of some files is in this machine's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Resident {
+    /// Files.
+    pub files: usize,
+    /// Pages of them in memory; `None`: the kernel does not tell.
+    pub pages: Option<u64>,
+    /// Pages that they have.
+    pub of_pages: u64,
 }
 
 impl Command {
@@ -125,8 +67,14 @@ impl Command {
     /// To be called from a thread that lives as long as the program is to run: the kernel ties the
     /// death signal to the thread (prctl(2), PR_SET_PDEATHSIG).
     pub fn start(&self, export: &Export) -> Result<Running, ExecError> {
+        self.start_from(export, Text::Frames)
+    }
+
+    /// As [`Self::start`], with pages from elsewhere than the shared frames.
+    pub fn start_from(&self, export: &Export, text: Text<'_>) -> Result<Running, ExecError> {
         let who = Who::this_process();
-        let plan = plan(export, self.path.as_bytes(), &who, &self.search)?;
+        let source = Source { export, text };
+        let plan = plan(&source, self.path.as_bytes(), &who, &self.search)?;
         let links = PrivateDir::new()?;
         let proc = proc_of_this_process()?;
         let at =
@@ -175,8 +123,8 @@ impl Command {
                 Ok(())
             });
         }
-        let paths = frame_paths(&plan)?;
-        let frames = paths.keys().copied().collect();
+        let parts = parts_of(&plan)?;
+        let frames = parts.keys().copied().collect();
         let child = command.spawn().map_err(|source| ExecError::Sys {
             call: "starting it",
             source,
@@ -196,7 +144,7 @@ impl Command {
             pidfd,
             plan,
             frames,
-            paths,
+            parts,
             _links: links,
         })
     }
@@ -213,19 +161,37 @@ impl Running {
         &self.plan
     }
 
-    /// The frame files it runs from.
+    /// The files it runs from: frame files, or those that its [`Text`] says.
     pub fn frames(&self) -> &HashSet<FileId> {
         &self.frames
     }
 
     /// The path in the export of one of them.
-    pub fn path_of(&self, frame_file: FileId) -> Option<&[u8]> {
-        self.paths.get(&frame_file).map(Vec::as_slice)
+    pub fn path_of(&self, file: FileId) -> Option<&[u8]> {
+        let part = self.parts.get(&file)?;
+        Some(&part.path)
     }
 
     /// Where its text lies now.
     pub fn text(&self) -> io::Result<TextReport> {
         TextReport::of(self.pid(), &self.frames)
+    }
+
+    /// What of the files it runs from is in this machine's own memory: for programs that do not run
+    /// from shared frames.
+    pub fn resident(&self) -> io::Result<Resident> {
+        let mut all = Resident {
+            files: 0,
+            pages: Some(0),
+            of_pages: 0,
+        };
+        for part in self.parts.values() {
+            let pages = part.file.resident_pages()?;
+            all.files += 1;
+            all.of_pages += part.file.pages();
+            all.pages = all.pages.zip(pages).map(|(all, pages)| all + pages);
+        }
+        Ok(all)
     }
 
     /// Waits for the program to end. `signals` that come meanwhile are passed on (but for those of
@@ -339,7 +305,7 @@ fn loader_options(
 
 /// glibc has `--argv0` since 2.33, musl since 1.2.2; older ones show the program the link's path.
 fn knows_argv0(loader: &Part<Pinned>) -> Result<bool, ExecError> {
-    let len = usize::try_from(loader.file.file().len()).unwrap_or(usize::MAX);
+    let len = usize::try_from(loader.file.bytes()).unwrap_or(usize::MAX);
     let mut bytes = vec![0; len.min(LOADER_BYTES_MAX)];
     let got = loader
         .file
@@ -351,7 +317,7 @@ fn knows_argv0(loader: &Part<Pinned>) -> Result<bool, ExecError> {
     Ok(bytes[..got].windows(5).any(|w| w == b"argv0"))
 }
 
-fn frame_paths(plan: &Plan<Pinned>) -> Result<HashMap<FileId, Vec<u8>>, ExecError> {
+fn parts_of(plan: &Plan<Pinned>) -> Result<HashMap<FileId, Part<Pinned>>, ExecError> {
     let dynamic = plan.dynamic.iter();
     let libraries = dynamic
         .clone()
@@ -361,10 +327,10 @@ fn frame_paths(plan: &Plan<Pinned>) -> Result<HashMap<FileId, Vec<u8>>, ExecErro
         .chain(libraries)
         .chain([&plan.program]);
     parts
-        .map(|part| Ok((FileId::of(part.file.descriptor())?, part.path.clone())))
+        .map(|part| Ok((FileId::of(part.file.descriptor())?, part.clone())))
         .collect::<io::Result<_>>()
         .map_err(|source| ExecError::Sys {
-            call: "fstat of a frame file",
+            call: "fstat of a program's file",
             source,
         })
 }

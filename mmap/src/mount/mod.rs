@@ -18,6 +18,7 @@
 //! is there, which is tried at most twice a second when somebody asks.
 
 mod core;
+mod detached;
 mod error;
 mod fs;
 mod limits;
@@ -25,31 +26,24 @@ mod linger;
 mod link;
 mod open;
 mod place;
+mod server;
 mod table;
 mod workers;
 
+pub use detached::Detached;
 pub use error::MountError;
 pub use fs::FORM_XATTR;
 pub use link::Target;
 pub use open::Form;
 pub use place::umount;
+pub(crate) use table::same_content;
 
-use self::core::Core;
-use crate::export::ExportMode;
 use copage_grants::sys::SignalFd;
-use fs::ShareFs;
-use fuser::{BackingId, Config, MountOption, Session, SessionACL};
-use link::Link;
-use parking_lot::Mutex;
+use fuser::{Config, MountOption, Session, SessionACL};
 use rustix::event::{PollFd, PollFlags, poll};
-use std::fs::File;
+use server::{Prepared, Server};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::thread::{self, JoinHandle};
-use workers::{opener, watch_changes};
 
 /// What to mount where.
 #[derive(Clone, Debug)]
@@ -81,94 +75,37 @@ pub enum Event {
 #[derive(Debug)]
 pub struct Mounted {
     dir: PathBuf,
-    form: Form,
-    why: Option<String>,
-    server: Mutex<Option<JoinHandle<io::Result<()>>>>,
-    /// Hung up when the server has ended.
-    ended: OwnedFd,
+    server: Server,
 }
 
 /// Mounts an export. Returns when the kernel has taken the mount: files can be opened from then on.
 pub fn mount(options: &Options) -> Result<Mounted, MountError> {
     let dir = place::check(&options.dir, options.nonempty)?;
-    let sys = |call| move |source| MountError::Sys { call, source };
-    File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/fuse")
-        .map_err(|source| match source.kind() {
-            io::ErrorKind::PermissionDenied => MountError::NoDevice { source },
-            _ => MountError::NoFuse { source },
-        })?;
-    let link = Link::new(options.target.clone())?;
-    if link.last().export.mode() != ExportMode::ReadOnly {
-        return Err(MountError::Mode {
-            export: link.target().export.clone(),
-        });
-    }
-    let core = Arc::new(Core::new(link));
-    let (jobs, job_queue) = crossbeam_channel::unbounded();
-    let (changes, change_queue) = crossbeam_channel::unbounded();
-    let fs = ShareFs {
-        core: core.clone(),
-        jobs,
-        changes: changes.clone(),
-        want_passthrough: options.passthrough,
-    };
-    let session = Session::new(fs, &dir, &config(options)).map_err(mount_error)?;
-    let why = no_passthrough(&session, &core, options.passthrough);
-    let _ = core.notifier.set(session.notifier());
-    // Ended by the file system's end, which drops the senders.
-    for number in 0..limits::OPENERS {
-        let (core, queue, changes) = (core.clone(), job_queue.clone(), changes.clone());
-        thread::Builder::new()
-            .name(format!("copage-open-{number}"))
-            .spawn(move || opener(&core, &queue, &changes))
-            .map_err(sys("starting a thread"))?;
-    }
-    drop(changes);
-    let watched = core.clone();
-    thread::Builder::new()
-        .name("copage-changes".into())
-        .spawn(move || watch_changes(&watched, &change_queue))
-        .map_err(sys("starting a thread"))?;
-    let (ended, running) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
-        .map_err(|e| sys("pipe")(e.into()))?;
-    let server = thread::Builder::new()
-        .name("copage-mount".into())
-        .spawn(move || {
-            let result = session.run();
-            drop(running);
-            result
-        })
-        .map_err(sys("starting a thread"))?;
-    let form = if core.passthrough() {
-        Form::Frames
-    } else {
-        Form::PageCache
-    };
-    Ok(Mounted {
-        dir,
-        form,
-        why,
-        server: Mutex::new(Some(server)),
-        ended,
-    })
+    // fuser opens it again; what is wrong with it is said in our words.
+    drop(server::device()?);
+    let prepared = Prepared::new(options.target.clone(), options.passthrough)?;
+    let config = config(&options.target.export, options.allow_other);
+    let session = Session::new(prepared.file_system(), &dir, &config).map_err(mount_error)?;
+    let server = prepared.serve(session)?;
+    Ok(Mounted { dir, server })
 }
 
-fn config(options: &Options) -> Config {
+fn acl(allow_other: bool) -> SessionACL {
+    match allow_other {
+        true => SessionACL::All,
+        false => SessionACL::Owner,
+    }
+}
+
+fn config(export: &str, allow_other: bool) -> Config {
     let mut config = Config::default();
     config.mount_options = vec![
         MountOption::RO,
         MountOption::DefaultPermissions,
-        MountOption::FSName(place::source_name(&options.target.export)),
+        MountOption::FSName(place::source_name(export)),
         MountOption::CUSTOM("subtype=copage".into()),
     ];
-    config.acl = if options.allow_other {
-        SessionACL::All
-    } else {
-        SessionACL::Owner
-    };
+    config.acl = acl(allow_other);
     config.n_threads = Some(limits::THREADS);
     config
 }
@@ -186,25 +123,6 @@ fn mount_error(source: io::Error) -> MountError {
     }
 }
 
-/// Turns passthrough off where the kernel will refuse it, and says why in words for the user.
-fn no_passthrough(session: &Session<ShareFs>, core: &Core, wanted: bool) -> Option<String> {
-    if !wanted {
-        return Some("passthrough was not wanted".into());
-    }
-    if !core.passthrough() {
-        return Some("this kernel has no FUSE passthrough (Linux 6.9 and later have it)".into());
-    }
-    // The kernel looks at the right to do it before it looks at the file, and takes no device: EPERM
-    // says no, anything else that it would do.
-    let answer = BackingId::create_raw(session.as_fd(), session.as_fd());
-    let refused = matches!(&answer, Err(e) if e.raw_os_error() == Some(libc::EPERM));
-    refused.then(|| {
-        core.passthrough.store(false, Ordering::Relaxed);
-        "passthrough needs CAP_SYS_ADMIN in the first user namespace (root outside containers)"
-            .into()
-    })
-}
-
 impl Mounted {
     /// Where it is.
     pub fn dir(&self) -> &Path {
@@ -214,18 +132,18 @@ impl Mounted {
     /// The form of files that are small enough to be pinned; of all, if it is
     /// [`Form::PageCache`].
     pub fn form(&self) -> Form {
-        self.form
+        self.server.form
     }
 
     /// Why files are not on frames.
     pub fn why_page_cache(&self) -> Option<&str> {
-        self.why.as_deref()
+        self.server.why.as_deref()
     }
 
     /// Waits until the mount is over or one of `signals` comes.
     pub fn wait(&self, signals: Option<&SignalFd>) -> io::Result<Event> {
         loop {
-            let mut fds = vec![PollFd::new(&self.ended, PollFlags::IN)];
+            let mut fds = vec![PollFd::new(&self.server.ended, PollFlags::IN)];
             fds.extend(signals.map(|signals| PollFd::new(signals, PollFlags::IN)));
             match poll(&mut fds, None) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
@@ -233,19 +151,11 @@ impl Mounted {
             }
             let ended = !fds[0].revents().is_empty();
             if ended {
-                return Ok(Event::Ended(self.join()));
+                return Ok(Event::Ended(self.server.join()));
             }
             if let Some(came) = signals.map(SignalFd::read).transpose()?.flatten() {
                 return Ok(Event::Signal(came.signal));
             }
-        }
-    }
-
-    fn join(&self) -> io::Result<()> {
-        match self.server.lock().take().map(JoinHandle::join) {
-            Some(Ok(result)) => result,
-            Some(Err(_)) => Err(io::Error::other("the mount's server panicked")),
-            None => Ok(()),
         }
     }
 
@@ -262,12 +172,9 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        let running = self
-            .server
-            .lock()
-            .as_ref()
-            .is_some_and(|server| !server.is_finished());
-        if running && let Err(error) = self.unmount(true) {
+        if self.server.is_running()
+            && let Err(error) = self.unmount(true)
+        {
             tracing::warn!(dir = %self.dir.display(), %error, "left mounted");
         }
     }

@@ -19,7 +19,7 @@ fn file_key(attr: &Attr) -> FileKey {
 
 /// Do both show the same content? (The change time moves with names and owners too; then two ids for
 /// one content are the worst of it.)
-pub(super) fn same_content(a: &Attr, b: &Attr) -> bool {
+pub(crate) fn same_content(a: &Attr, b: &Attr) -> bool {
     file_key(a) == file_key(b) && (a.mtime, a.ctime, a.bytes) == (b.mtime, b.ctime, b.bytes)
 }
 

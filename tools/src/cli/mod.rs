@@ -57,6 +57,8 @@ enum Command {
     Stat(guest::stat::Args),
     Cat(guest::cat::Args),
     Cp(guest::cp::Args),
+    #[command(hide = true)]
+    ExecKeeper(guest::keeper::Args),
     /// One guest of the demo.
     #[command(hide = true)]
     DemoAgent(demo::AgentArgs),
@@ -88,6 +90,7 @@ impl Command {
             Self::Stat(args) => guest::stat::run(args),
             Self::Cat(args) => guest::cat::run(args),
             Self::Cp(args) => guest::cp::run(args),
+            Self::ExecKeeper(args) => guest::keeper::run(args),
             Self::DemoAgent(args) => demo::run_agent(args),
         }
     }

@@ -31,12 +31,16 @@ impl Where {
         if let Some(socket) = &self.socket {
             return socket.clone();
         }
-        let run_dir = self.run_dir.clone();
+        self.run_dir().join("guest.sock")
+    }
+
+    /// The run directory: of the daemon, and of what is kept for programs that run.
+    pub(super) fn run_dir(&self) -> PathBuf {
         let from_env = || std::env::var_os("COPAGE_RUN_DIR").map(PathBuf::from);
-        run_dir
+        self.run_dir
+            .clone()
             .or_else(from_env)
             .unwrap_or_else(crate::config::default_run_dir)
-            .join("guest.sock")
     }
 
     /// The daemon: by a socket, or, in a Xen guest without one, by the control channel.

@@ -7,6 +7,7 @@ pub mod cat;
 mod connect;
 pub mod cp;
 pub mod exec;
+pub mod keeper;
 pub mod ls;
 pub mod mount;
 mod show;
