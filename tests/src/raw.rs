@@ -1,8 +1,8 @@
 //! A guest without the library: says exactly what a test wants it to say.
 
 use copage_coherence::msg::{
-    DATA_BYTES_MAX, FileToken, Generation, Handle, HelloFlags, MESSAGE_BYTES_MAX, Notice, OpenHow,
-    PROTOCOL_VERSION, Reply, Request, decode_header,
+    DATA_BYTES_MAX, FAULT_PAGES_MAX, FileToken, Generation, Handle, HelloFlags, MESSAGE_BYTES_MAX,
+    Notice, OpenHow, PROTOCOL_VERSION, Reply, Request, decode_header,
 };
 use copage_coherence::msg::{FaultHint, FrameKind, PageRange};
 use copage_grants::channel::{Channel, ChannelError};
@@ -62,6 +62,17 @@ pub struct RawFile {
     pub fd: Option<OwnedFd>,
 }
 
+/// What a fault brought.
+#[derive(Debug)]
+pub struct Granted {
+    /// Which pages.
+    pub range: PageRange,
+    /// The domain whose grants they are.
+    pub granter: u16,
+    /// Its references, a page each; none where a descriptor is the way to them.
+    pub refs: Vec<u32>,
+}
+
 /// One session, or an attempt at one.
 #[derive(Debug)]
 pub struct Raw {
@@ -81,7 +92,11 @@ pub struct Raw {
 impl Raw {
     /// Connects and says nothing.
     pub fn silent(socket: &Path) -> Self {
-        let channel = Channel::connect(socket).expect("the daemon listens");
+        Self::over(Channel::connect(socket).expect("the daemon listens"))
+    }
+
+    /// Says nothing, over a channel that is there.
+    pub fn over(channel: Channel) -> Self {
         Self {
             channel,
             epoch: Epoch(0),
@@ -94,7 +109,17 @@ impl Raw {
 
     /// Connects and says Hello as `name`; the errno when that is refused.
     pub fn try_hello(socket: &Path, name: &str) -> Result<Self, i32> {
-        let mut raw = Self::silent(socket);
+        Self::silent(socket).introduced(name)
+    }
+
+    /// A session as `name` over the ring of this Xen guest; the errno when that is refused.
+    pub fn try_hello_xen(name: &str) -> Result<Self, i32> {
+        let channel = Channel::connect_xen().expect("the daemon listens");
+        Self::over(channel).introduced(name)
+    }
+
+    fn introduced(self, name: &str) -> Result<Self, i32> {
+        let mut raw = self;
         let hello = Request::Hello {
             version: PROTOCOL_VERSION,
             flags: HelloFlags::default(),
@@ -267,6 +292,12 @@ impl Raw {
 
     /// Faults pages in; the pages granted (first, count), or the errno. Stale is ESTALE.
     pub fn fault(&mut self, file: &RawFile, first: u64, count: u32) -> Result<(u64, u32), i32> {
+        let granted = self.granted(file, first, count)?;
+        Ok((granted.range.first.0, granted.range.count))
+    }
+
+    /// As [`Self::fault`], with the references that come from a daemon which gives no descriptors.
+    pub fn granted(&mut self, file: &RawFile, first: u64, count: u32) -> Result<Granted, i32> {
         let request = Request::Fault {
             file: file.token,
             generation: file.generation,
@@ -278,11 +309,41 @@ impl Raw {
         };
         let came = self.ask(&request).ok_or(libc::EPIPE)?;
         match came.reply() {
-            Reply::Granted { range, .. } => Ok((range.first.0, range.count)),
+            Reply::Granted {
+                range,
+                granter,
+                refs,
+                ..
+            } => Ok(Granted {
+                range,
+                granter: granter.0,
+                refs: refs
+                    .as_chunks()
+                    .0
+                    .iter()
+                    .map(|r| u32::from_le_bytes(*r))
+                    .collect(),
+            }),
             Reply::Stale { .. } => Err(libc::ESTALE),
             Reply::Error { errno, .. } => Err(errno),
             other => panic!("to Fault: {other:?}"),
         }
+    }
+
+    /// References for the file's first `pages` pages, all of one domain: that domain, and they.
+    pub fn refs(&mut self, file: &RawFile, pages: u64) -> Result<(u16, Vec<u32>), i32> {
+        let (mut of, mut all) = (None, Vec::new());
+        while (all.len() as u64) < pages {
+            let first = all.len() as u64;
+            let count = FAULT_PAGES_MAX.min((pages - first) as u32);
+            let granted = self.granted(file, first, count)?;
+            let before = (first - granted.range.first.0) as usize;
+            assert!(granted.refs.len() > before, "granted nothing: {granted:?}");
+            assert!(*of.get_or_insert(granted.granter) == granted.granter);
+            all.extend_from_slice(&granted.refs[before..]);
+        }
+        all.truncate(pages as usize);
+        Ok((of.unwrap_or_default(), all))
     }
 
     /// Reads by message.

@@ -137,6 +137,19 @@ fn local_a_program_gets_its_arguments_and_gives_its_status() {
     daemon.audit_clean();
 }
 
+/// This process reads the signals that it passes on: the program must not inherit them blocked.
+#[test]
+fn local_a_program_gets_its_signals() {
+    let tree = Tree::new();
+    let daemon = daemon(&tree);
+    let export = attach(&daemon, "usr");
+    let signals = SignalFd::new(&Running::SIGNALS).unwrap();
+    let script = "trap 'exit 5' TERM; kill -TERM $$; exit 6";
+    let mut running = command("bash", &["-c", script]).start(&export).unwrap();
+    let ended = running.wait(&signals, |_| None).unwrap();
+    assert_eq!(ended.code(), Some(5), "{ended:?}");
+}
+
 #[test]
 fn local_a_change_on_the_host_does_not_touch_a_program_that_runs() {
     let tree = Tree::new();

@@ -29,10 +29,19 @@ fn signal_set(signals: &[i32]) -> io::Result<libc::sigset_t> {
 /// the first thread is started: a signal sent to the process goes to any thread that does not
 /// block it.
 pub fn block_signals(signals: &[i32]) -> io::Result<()> {
+    change_mask(libc::SIG_BLOCK, signals)
+}
+
+/// Takes the block of `signals` away in the calling thread. A program that is started inherits the
+/// mask: between fork and exec this may be called, which takes no lock and allocates nothing.
+pub fn unblock_signals(signals: &[i32]) -> io::Result<()> {
+    change_mask(libc::SIG_UNBLOCK, signals)
+}
+
+fn change_mask(how: i32, signals: &[i32]) -> io::Result<()> {
     let set = signal_set(signals)?;
     // SAFETY: the set is initialised, the old mask is not wanted (a null pointer is allowed).
-    let errno =
-        unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };
+    let errno = unsafe { libc::pthread_sigmask(how, &raw const set, std::ptr::null_mut()) };
     if errno == 0 {
         Ok(())
     } else {

@@ -8,7 +8,7 @@ use super::program::{Dynamic, Part, Plan, Search, Who, last_name, plan};
 use super::source::{Pinned, Source, Text};
 use super::text::{FileId, TextReport};
 use crate::export::Export;
-use copage_grants::sys::SignalFd;
+use copage_grants::sys::{SignalFd, unblock_signals};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{PidfdFlags, Signal, WaitId, WaitIdOptions};
 use std::collections::{HashMap, HashSet};
@@ -111,7 +111,7 @@ impl Command {
         };
         command.args(args).arg0(argv0);
         let parent = rustix::process::getpid();
-        // SAFETY: the closure runs in the forked child before exec: it makes two system calls, takes
+        // SAFETY: the closure runs in the forked child before exec: it makes three system calls, takes
         // no lock and allocates nothing.
         unsafe {
             command.pre_exec(move || {
@@ -120,7 +120,8 @@ impl Command {
                 if rustix::process::getppid() != Some(parent) {
                     return Err(rustix::io::Errno::SRCH.into());
                 }
-                Ok(())
+                // This process reads them; the program is to get its own.
+                unblock_signals(&Running::SIGNALS)
             });
         }
         let parts = parts_of(&plan)?;

@@ -122,7 +122,9 @@ dom0_system() { # version
         ln -s "../lib/xen-$1/bin/$program" "$image/usr/sbin/$program"
         programs+=("$tools/bin/$program")
     done
-    with_libraries "$image" "${programs[@]}" "${client_libraries[@]}" "$copage" "$driver"
+    # For guests, which have none, to run off a share: it needs more than one library.
+    cp -L /bin/bash "$image/usr/bin/bash"
+    with_libraries "$image" "${programs[@]}" /bin/bash "${client_libraries[@]}" "$copage" "$driver"
     loader "$image"
     add_modules "$image" "$dom0_kernel" "${dom0_modules[@]}"
     install -m 755 "$here/image/dom0-init" "$image/init"

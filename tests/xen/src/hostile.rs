@@ -1,5 +1,6 @@
 //! What guests do over the control channel: a session that lasts, and attacks.
 
+use crate::numbers::Numbers;
 use anyhow::{Context, Result, bail, ensure};
 use copage_grants::channel::layout::{REFS_AT, TO_DAEMON, TO_GUEST};
 use copage_grants::channel::{Channel, begin};
@@ -40,23 +41,10 @@ pub fn hostile(arguments: &[&str]) -> Result<()> {
     }
 }
 
-/// Numbers that look random and are the same each time.
-struct Numbers(u64);
-
-impl Numbers {
-    fn next(&mut self) -> u32 {
-        self.0 = self
-            .0
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1);
-        (self.0 >> 32) as u32
-    }
-}
-
 /// Sessions whose nodes make no sense, slowly enough to be looked at.
 fn nodes() -> Result<()> {
     let store = Store::open()?;
-    let mut numbers = Numbers(1);
+    let mut numbers = Numbers::new(1);
     let values: [&[u8]; 9] = [
         b"",
         b"-1",
@@ -73,8 +61,8 @@ fn nodes() -> Result<()> {
     while begin.elapsed() < ATTACK {
         let dir = format!("data/copage/evil-{tries}");
         for node in ["version", "ring-ref", "port-to-daemon", "port-to-guest"] {
-            let value = values[numbers.next() as usize % values.len()];
-            if !numbers.next().is_multiple_of(8) {
+            let value = values[numbers.below(values.len())];
+            if !numbers.once_in(8) {
                 store.write(&format!("{dir}/{node}"), value)?;
             }
         }
@@ -90,7 +78,7 @@ fn nodes() -> Result<()> {
 
 /// Real rings, with garbage in them from the moment they are accepted.
 fn ring() -> Result<()> {
-    let mut numbers = Numbers(2);
+    let mut numbers = Numbers::new(2);
     let start = Instant::now();
     let (mut rings, mut accepted) = (0, 0);
     while start.elapsed() < ATTACK {
@@ -102,7 +90,7 @@ fn ring() -> Result<()> {
         let words = index.bytes_mut().context("a page")?;
         begin(words, 0, bytes.refs())?;
         if rings % 4 == 3 {
-            ensure!(words.write_u32(REFS_AT + 4, numbers.next()));
+            ensure!(words.write_u32(REFS_AT + 4, numbers.any()));
         }
         let store = Store::open()?;
         let dir = format!("data/copage/ring-{rings}");
@@ -123,13 +111,13 @@ fn ring() -> Result<()> {
         accepted += u32::from(is_in());
         let data = bytes.bytes_mut().context("pages")?;
         for _ in 0..40 {
-            match numbers.next() % 3 {
+            match numbers.any() % 3 {
                 0 => {
-                    ensure!(words.write_u32(TO_DAEMON.producer, numbers.next()));
-                    ensure!(words.write_u32(TO_GUEST.consumer, numbers.next()));
+                    ensure!(words.write_u32(TO_DAEMON.producer, numbers.any()));
+                    ensure!(words.write_u32(TO_GUEST.consumer, numbers.any()));
                 }
-                1 => ensure!(words.write_u32(TO_DAEMON.producer, numbers.next() % 4096)),
-                _ => ensure!(data.write_u32(numbers.next() as usize % 4092, numbers.next() % 200)),
+                1 => ensure!(words.write_u32(TO_DAEMON.producer, numbers.any() % 4096)),
+                _ => ensure!(data.write_u32(numbers.any() as usize % 4092, numbers.any() % 200)),
             }
             writes.notify(to_daemon)?;
             reads.notify(to_guest)?;

@@ -18,6 +18,7 @@ mod guest;
 mod hostile;
 mod job;
 mod lab;
+mod numbers;
 mod output;
 mod pipe;
 mod programs;

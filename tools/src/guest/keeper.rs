@@ -7,7 +7,9 @@
 use super::Where;
 use anyhow::{Context, Result, bail, ensure};
 use copage_grants::channel::{Channel, ChannelError, Listener};
+use copage_grants::sys::unblock_signals;
 use copage_mmap::DaemonAt;
+use copage_mmap::exec::Running;
 use copage_mmap::mount::{Detached, Target};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FlockOperation, flock};
@@ -175,6 +177,8 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<ExitCode> {
     // The terminal's keys are for the programs. Not a group's leader, so this works.
     rustix::process::setsid()?;
+    // Who started this reads them.
+    unblock_signals(&Running::SIGNALS)?;
     let place = Place(args.place.clone());
     let mount = Detached::new(&Target {
         daemon: args.at.daemon(),

@@ -6,6 +6,7 @@
 mod basic;
 mod channel;
 mod demo;
+pub mod exec;
 pub mod frames;
 mod kills;
 mod library;
@@ -132,6 +133,12 @@ pub const CHECKS: &[Check] = &[
         180,
         "a mount in a guest, through its page cache",
         channel::mount,
+    ),
+    check(
+        "exec",
+        300,
+        "programs off a share in guests, from copies of what they touch",
+        exec::exec,
     ),
     check(
         "kills",

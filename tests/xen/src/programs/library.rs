@@ -1,5 +1,6 @@
 //! The guest's library, mapping a file whose every byte is known.
 
+use crate::numbers::Numbers;
 use anyhow::{Context, Result, bail, ensure};
 use copage_grants::PAGE_SIZE;
 use copage_grants::volatile::VolatileBytes;
@@ -76,10 +77,11 @@ fn look_at_flags() -> Result<usize> {
 
 fn read_at_random(mapping: &Mapping, time: Duration, seed: u64) -> Result<u64> {
     let pages = mapping.len() / PAGE_SIZE;
-    let (until, mut x, mut read) = (Instant::now() + time, seed, 0);
+    let (until, mut read) = (Instant::now() + time, 0);
+    let mut numbers = Numbers::new(seed);
     let mut seen = vec![0; pages];
     while Instant::now() < until {
-        let page = next(&mut x, pages);
+        let page = numbers.below(pages);
         seen[page] = version_of(mapping.as_volatile(), page, seen[page])?;
         read += 1;
     }
@@ -90,9 +92,9 @@ fn private(file: &File) -> Result<String> {
     let mapping = file.map(&MapOptions::private())?;
     let pages = mapping.len() / PAGE_SIZE;
     let bytes = mapping.as_volatile_mut().context("not writable")?;
-    let mut x = 5;
+    let mut numbers = Numbers::new(5);
     for n in 0..200 {
-        let page = next(&mut x, pages / 2) * 2;
+        let page = numbers.below(pages / 2) * 2;
         if n % 2 == 0 {
             // Its neighbour, which is never stored to, brings it too.
             version_of(mapping.as_volatile(), page + 1, 0)?;
@@ -100,9 +102,9 @@ fn private(file: &File) -> Result<String> {
         let at = page * PAGE_SIZE + 8;
         ensure!(bytes.write_u64(at, 0xabcd + page as u64), "page {page}");
     }
-    let mut x = 5;
+    let mut numbers = Numbers::new(5);
     for _ in 0..200 {
-        let page = next(&mut x, pages / 2) * 2;
+        let page = numbers.below(pages / 2) * 2;
         let stored = mapping.as_volatile().read_u64(page * PAGE_SIZE + 8);
         ensure!(
             stored == Some(0xabcd + page as u64),
@@ -167,9 +169,10 @@ pub fn library(arguments: &[&str]) -> Result<()> {
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| -> Result<()> {
         let reader = scope.spawn(|| -> Result<()> {
-            let (mut x, mut seen) = (9, vec![0; mapping.len() / PAGE_SIZE]);
+            let mut numbers = Numbers::new(9);
+            let mut seen = vec![0; mapping.len() / PAGE_SIZE];
             while !done.load(Ordering::Relaxed) {
-                let page = next(&mut x, seen.len());
+                let page = numbers.below(seen.len());
                 seen[page] = version_of(mapping.as_volatile(), page, seen[page])?;
             }
             Ok(())

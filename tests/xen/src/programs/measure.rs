@@ -1,15 +1,13 @@
 //! What the library costs in a guest, beside the calls below it: in turns, in one process.
 
 use super::library::word;
+use crate::numbers::Numbers;
 use anyhow::{Result, bail, ensure};
-use copage_coherence::msg::{
-    FAULT_PAGES_MAX, FaultHint, FileToken, FrameKind, Generation, HelloFlags, MESSAGE_BYTES_MAX,
-    OpenHow, PROTOCOL_VERSION, PageRange, Reply, Request, decode_header,
-};
-use copage_grants::channel::Channel;
+use copage_coherence::msg::OpenHow;
+use copage_grants::PAGE_SIZE;
 use copage_grants::xen::lib::Gnttab;
-use copage_grants::{Epoch, PAGE_SIZE, PageIndex};
 use copage_mmap::{Client, ConnectOptions, DaemonAt, Export, MapOptions, Mapping};
+use copage_tests::raw::Raw;
 use std::time::{Duration, Instant};
 
 /// Pages of the file: [`BLOCKS`] blocks.
@@ -18,7 +16,7 @@ pub const PAGES: u64 = 4096;
 const BLOCK_PAGES: u64 = 64;
 const BLOCKS: u64 = PAGES / BLOCK_PAGES;
 /// A fault's least window lies in the first so many pages of a block.
-const LEAST_PAGES: u64 = 16;
+const LEAST_PAGES: usize = 16;
 /// Rounds of mapping, behind one that does not count.
 const MAP_ROUNDS: usize = 9;
 /// Passes over all blocks; the first does not count.
@@ -42,126 +40,6 @@ fn percentile(values: &mut [f64], percent: usize) -> f64 {
 
 fn us(time: Duration) -> f64 {
     time.as_secs_f64() * 1e6
-}
-
-/// A session without the library, for references of the file's frames that nobody else maps by.
-struct Bare {
-    channel: Channel,
-    epoch: Epoch,
-    number: u64,
-    buf: Vec<u8>,
-}
-
-impl Bare {
-    fn connect(name: &str) -> Result<Self> {
-        let mut bare = Self {
-            channel: Channel::connect_xen()?,
-            epoch: Epoch(0),
-            number: 0,
-            buf: vec![0; MESSAGE_BYTES_MAX],
-        };
-        let hello = Request::Hello {
-            version: PROTOCOL_VERSION,
-            flags: HelloFlags::default(),
-            name: name.as_bytes(),
-            uuid: [0; 16],
-        };
-        bare.epoch = bare.call(&hello, |reply| match reply {
-            Reply::Welcome { epoch, .. } => Some(epoch),
-            _ => None,
-        })?;
-        Ok(bare)
-    }
-
-    /// Asks and waits for the reply to it; other messages are not looked at.
-    fn call<T>(
-        &mut self,
-        request: &Request<'_>,
-        take: impl FnOnce(Reply<'_>) -> Option<T>,
-    ) -> Result<T> {
-        self.number += 1;
-        let mut bytes = Vec::new();
-        request.encode(self.number, self.epoch, &mut bytes)?;
-        self.channel.send(&bytes, None)?;
-        loop {
-            let received = self.channel.recv(&mut self.buf)?;
-            let frame = decode_header(&self.buf[..received.len])?;
-            if frame.kind != FrameKind::Reply || frame.request != self.number {
-                continue;
-            }
-            let reply = Reply::decode(&frame)?;
-            let said = format!("{reply:.200?}");
-            return match take(reply) {
-                Some(taken) => Ok(taken),
-                None => bail!("{request:?}: {said}"),
-            };
-        }
-    }
-
-    fn open(&mut self, export: &str, path: &str) -> Result<(FileToken, Generation)> {
-        let export = export.as_bytes();
-        let parent = self.call(&Request::Attach { export }, |reply| match reply {
-            Reply::Attached { root, .. } => Some(root),
-            _ => None,
-        })?;
-        let name = path.as_bytes();
-        let node = self.call(&Request::Lookup { parent, name }, |reply| match reply {
-            Reply::Entry { node, .. } => Some(node),
-            _ => None,
-        })?;
-        let how = OpenHow::Map;
-        self.call(&Request::Open { node, how }, |reply| match reply {
-            Reply::Opened {
-                file, generation, ..
-            } => Some((file, generation)),
-            _ => None,
-        })
-    }
-
-    /// The granter, and a reference for each of the file's first `pages` pages.
-    fn refs(&mut self, export: &str, path: &str, pages: u64) -> Result<(u16, Vec<u32>)> {
-        let (file, generation) = self.open(export, path)?;
-        let mut all: Vec<u32> = Vec::new();
-        let mut of = None;
-        while (all.len() as u64) < pages {
-            let first = all.len() as u64;
-            let request = Request::Fault {
-                file,
-                generation,
-                range: PageRange {
-                    first: PageIndex(first),
-                    count: FAULT_PAGES_MAX.min((pages - first) as u32),
-                },
-                hint: FaultHint::Populate,
-            };
-            let (granter, more) = self.call(&request, |reply| match reply {
-                Reply::Granted {
-                    range,
-                    granter,
-                    refs,
-                    ..
-                } => {
-                    let before = first.checked_sub(range.first.0)? as usize;
-                    let refs = refs.as_chunks().0.iter().skip(before);
-                    let refs: Vec<u32> = refs.map(|r| u32::from_le_bytes(*r)).collect();
-                    Some((granter.0, refs))
-                }
-                _ => None,
-            })?;
-            ensure!(!more.is_empty(), "granted nothing");
-            ensure!(of.is_none_or(|of| of == granter), "more than one granter");
-            of = Some(granter);
-            all.extend(more);
-        }
-        all.truncate(pages as usize);
-        Ok((of.unwrap_or_default(), all))
-    }
-
-    fn renew(&mut self) -> Result<()> {
-        self.call(&Request::Renew, |reply| {
-            matches!(reply, Reply::Renewed { .. }).then_some(())
-        })
-    }
 }
 
 /// The windows that lie over a mapping, in pages: the kernel's own list.
@@ -267,14 +145,17 @@ fn by_calls(
 ///
 /// No ratio of unmapping: the kernel lets go of the entries some ms after the calls, and it is chance
 /// how much of that falls into them.
-fn map(export: &Export, path: &str, bare: &mut Bare, pages: usize, step: usize) -> Result<String> {
-    let refs = bare.refs(export.name(), path, pages as u64)?;
+fn map(export: &Export, path: &str, bare: &mut Raw, pages: usize, step: usize) -> Result<String> {
+    // References of the file's frames that nobody else maps by.
+    let file = bare.open(export.name(), path, OpenHow::Map);
+    let refs = bare.refs(&file, pages as u64);
+    let refs = refs.map_err(std::io::Error::from_raw_os_error)?;
     let gnttab = Gnttab::open()?;
     let batches = by_library(export, path, (pages, step), &mut Costs::default())?;
     by_calls(&gnttab, &refs, &batches, &mut Costs::default())?;
     let (mut library, mut calls) = (Costs::default(), Costs::default());
     for round in 0..MAP_ROUNDS {
-        bare.renew()?;
+        ensure!(bare.renew(), "the lease is lost");
         for turn in 0..2 {
             if (round + turn) % 2 == 0 {
                 let windows = by_library(export, path, (pages, step), &mut library)?;
@@ -303,31 +184,25 @@ fn map(export: &Export, path: &str, bare: &mut Bare, pages: usize, step: usize) 
 }
 
 /// Blocks in an order without a pattern.
-fn shuffled(x: &mut u64) -> Vec<u64> {
+fn shuffled(numbers: &mut Numbers) -> Vec<u64> {
     let mut blocks: Vec<u64> = (0..BLOCKS).collect();
     for at in (1..blocks.len()).rev() {
-        blocks.swap(at, next(x) as usize % (at + 1));
+        blocks.swap(at, numbers.below(at + 1));
     }
     blocks
 }
 
-fn next(x: &mut u64) -> u64 {
-    *x = x
-        .wrapping_mul(6_364_136_223_846_793_005)
-        .wrapping_add(1_442_695_040_888_963_407);
-    *x >> 33
-}
-
 /// One page touched at a time, at random, beside a request that does nothing.
 fn fault(client: &Client, export: &Export, path: &str) -> Result<String> {
-    let (mut faults, mut trips, mut x) = (Vec::new(), Vec::new(), 3);
+    let (mut faults, mut trips) = (Vec::new(), Vec::new());
+    let mut numbers = Numbers::new(3);
     let mut brought = 0;
     for pass in 0..FAULT_PASSES {
         let file = export.open(path, OpenHow::Map)?;
         let mapping = file.map(&MapOptions::shared())?;
         std::thread::sleep(SETTLE);
-        for block in shuffled(&mut x) {
-            let page = (block * BLOCK_PAGES + next(&mut x) % LEAST_PAGES) as usize;
+        for block in shuffled(&mut numbers) {
+            let page = (block * BLOCK_PAGES) as usize + numbers.below(LEAST_PAGES);
             std::thread::sleep(Duration::from_millis(5));
             let begin = Instant::now();
             let first = mapping.as_volatile().read_u64(page * PAGE_SIZE);
@@ -372,7 +247,8 @@ pub fn measure(arguments: &[&str]) -> Result<()> {
     };
     let client = Client::connect_at(&DaemonAt::Xen, &ConnectOptions::named(*name))?;
     let export = client.attach(export)?;
-    let mut bare = Bare::connect(name)?;
+    let bare = Raw::try_hello_xen(name);
+    let mut bare = bare.map_err(std::io::Error::from_raw_os_error)?;
     // Open for as long as anything is measured.
     let file = export.open(path, OpenHow::Map)?;
     let mapping = file.map(&MapOptions::shared())?;
