@@ -5,6 +5,7 @@
 
 use super::core::Core;
 use super::error::MountError;
+use super::limits::SPARING_READAHEAD_BYTES;
 use super::link::Target;
 use super::place::source_name;
 use super::server::{Prepared, Server, device};
@@ -44,7 +45,7 @@ impl Detached {
     /// Mounts. Needs the right to (CAP_SYS_ADMIN).
     pub fn new(target: &Target) -> Result<Self, MountError> {
         let device = device()?;
-        let prepared = Prepared::new(target.clone(), false)?;
+        let prepared = Prepared::new(target.clone(), false, Some(SPARING_READAHEAD_BYTES))?;
         let root = mount(&device, &target.export)?;
         let config = config(&target.export, true);
         let session = Session::from_fd(prepared.file_system(), device.into(), acl(true), config);

@@ -32,6 +32,8 @@ pub(super) struct ShareFs {
     pub(super) changes: Sender<Change>,
     /// Passthrough is wanted, and this process may have it.
     pub(super) want_passthrough: bool,
+    /// The most that the kernel may read ahead.
+    pub(super) readahead_bytes: Option<u32>,
 }
 
 impl Filesystem for ShareFs {
@@ -45,6 +47,10 @@ impl Filesystem for ShareFs {
             let _ = config.add_capabilities(wanted);
         }
         let _ = config.set_max_background(BACKGROUND_MAX);
+        if let Some(bytes) = self.readahead_bytes {
+            // It may have a lower bound of its own.
+            let _ = config.set_max_readahead(bytes);
+        }
         // Frame files are on a file system that is stacked on none: depth 1 does.
         let passthrough = self.want_passthrough
             && config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok()

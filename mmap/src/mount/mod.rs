@@ -83,7 +83,7 @@ pub fn mount(options: &Options) -> Result<Mounted, MountError> {
     let dir = place::check(&options.dir, options.nonempty)?;
     // fuser opens it again; what is wrong with it is said in our words.
     drop(server::device()?);
-    let prepared = Prepared::new(options.target.clone(), options.passthrough)?;
+    let prepared = Prepared::new(options.target.clone(), options.passthrough, None)?;
     let config = config(&options.target.export, options.allow_other);
     let session = Session::new(prepared.file_system(), &dir, &config).map_err(mount_error)?;
     let server = prepared.serve(session)?;

@@ -26,12 +26,18 @@ fn sys(call: &'static str) -> impl Fn(io::Error) -> MountError {
 pub(super) struct Prepared {
     core: Arc<Core>,
     want_passthrough: bool,
+    /// The most that the kernel may read ahead; `None`: what it likes.
+    readahead_bytes: Option<u32>,
     jobs: (Sender<Job>, Receiver<Job>),
     changes: (Sender<Change>, Receiver<Change>),
 }
 
 impl Prepared {
-    pub(super) fn new(target: Target, want_passthrough: bool) -> Result<Self, MountError> {
+    pub(super) fn new(
+        target: Target,
+        want_passthrough: bool,
+        readahead_bytes: Option<u32>,
+    ) -> Result<Self, MountError> {
         let link = Link::new(target)?;
         if link.last().export.mode() != ExportMode::ReadOnly {
             return Err(MountError::Mode {
@@ -41,6 +47,7 @@ impl Prepared {
         Ok(Self {
             core: Arc::new(Core::new(link)),
             want_passthrough,
+            readahead_bytes,
             jobs: crossbeam_channel::unbounded(),
             changes: crossbeam_channel::unbounded(),
         })
@@ -57,6 +64,7 @@ impl Prepared {
             jobs: self.jobs.0.clone(),
             changes: self.changes.0.clone(),
             want_passthrough: self.want_passthrough,
+            readahead_bytes: self.readahead_bytes,
         }
     }
 
@@ -67,6 +75,7 @@ impl Prepared {
             want_passthrough,
             jobs: (jobs, job_queue),
             changes: (changes, change_queue),
+            ..
         } = self;
         // The file system has its own: the threads end when it does.
         drop(jobs);

@@ -1,8 +1,11 @@
 //! Programs that checks run inside guests (`copage-xen-lab do NAME …`): one function and one line of the table each.
 
 pub mod frames;
+pub mod granted;
 pub mod library;
 pub mod measure;
+pub mod mute;
+pub mod random;
 pub mod reader;
 
 use anyhow::Result;
@@ -20,6 +23,10 @@ pub const PROGRAMS: &[(&str, Program)] = &[
     ("library", library::library),
     ("reader", reader::reader),
     ("measure", measure::measure),
+    ("mute", mute::mute),
+    ("random", random::random),
+    ("granted", granted::granted),
+    ("guess", granted::guess),
 ];
 
 /// Prints its arguments: the shortest program there is, to see that programs run.

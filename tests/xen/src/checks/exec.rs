@@ -102,7 +102,7 @@ fn in_guest(lab: &Lab, guest: &Guest<'_>) -> Result<String> {
         copied(&second)? == (pages, of_pages),
         "{first:?} {second:?}"
     );
-    lasting.signal(9)?;
+    lasting.signal(15)?;
     lasting.wait(LIMIT)?;
     // Its text is that of the share, by the kernel's own list.
     let maps =
@@ -122,7 +122,8 @@ fn in_guest(lab: &Lab, guest: &Guest<'_>) -> Result<String> {
     let told = run(words)?;
     ensure!(told.stdout == "5\nup\ntold\n", "{told:?}");
     // A process that outlives the program runs on from the mount, and is waited for by nobody.
-    let words = "copage exec -q usr bash -c '(sleep 15; for ((n = 0; n < 3; n++)); do echo $n; done > /tmp/later) & exit 4'; echo $?";
+    // Out of the group that is killed with this command.
+    let words = "setsid copage exec -q usr bash -c '(sleep 15; for ((n = 0; n < 3; n++)); do echo $n; done > /tmp/later) & exit 4'; echo $?";
     let outlived = run(words)?;
     ensure!(outlived.stdout == "4\n", "{outlived:?}");
     lab.wait("the process that was left", KEPT, || {

@@ -8,11 +8,14 @@ mod channel;
 mod demo;
 pub mod exec;
 pub mod frames;
+mod hostile_guest;
 mod kills;
 mod library;
 mod limits;
 mod local;
 mod measure;
+mod never_acks;
+mod random;
 
 use crate::lab::Lab;
 use anyhow::Result;
@@ -175,6 +178,24 @@ pub const CHECKS: &[Check] = &[
         300,
         "garbage and floods in xenstore and in a ring from a guest",
         channel::hostile,
+    ),
+    check(
+        "random",
+        500,
+        "ten thousand operations in three guests against a reference, as files and budget change",
+        random::random,
+    ),
+    check(
+        "hostile-guest",
+        400,
+        "hostile programs with the grant driver, in PVH and PV, beside a guest that reads",
+        hostile_guest::hostile,
+    ),
+    check(
+        "never-acks",
+        300,
+        "a guest that lets nothing go: fenced in time, what it holds kept back and charged to it",
+        never_acks::never_acks,
     ),
     check(
         "demo",

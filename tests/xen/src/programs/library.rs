@@ -39,7 +39,7 @@ pub(super) fn version_of(bytes: VolatileBytes<'_>, page: usize, least: u64) -> R
     Ok(version)
 }
 
-fn say(words: &str) -> Result<()> {
+pub(super) fn say(words: &str) -> Result<()> {
     println!("{words}");
     Ok(std::io::stdout().flush()?)
 }
