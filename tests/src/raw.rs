@@ -38,6 +38,28 @@ impl Came {
         (frame.kind == FrameKind::Notice).then(|| Notice::decode(&frame).expect("a notice"))
     }
 
+    /// As the reply to a fault; the errno of another. Stale is ESTALE.
+    pub fn granted(&self) -> Result<Granted, i32> {
+        match self.reply() {
+            Reply::Granted {
+                range,
+                granter,
+                refs,
+                ..
+            } => {
+                let refs = refs.as_chunks().0.iter();
+                Ok(Granted {
+                    range,
+                    granter: granter.0,
+                    refs: refs.map(|r| u32::from_le_bytes(*r)).collect(),
+                })
+            }
+            Reply::Stale { .. } => Err(libc::ESTALE),
+            Reply::Error { errno, .. } => Err(errno),
+            other => panic!("to Fault: {other:?}"),
+        }
+    }
+
     /// The errno of an Error reply.
     pub fn errno(&self) -> Option<i32> {
         match self.reply() {
@@ -71,6 +93,18 @@ pub struct Granted {
     pub granter: u16,
     /// Its references, a page each; none where a descriptor is the way to them.
     pub refs: Vec<u32>,
+}
+
+fn fault_request(file: &RawFile, first: u64, count: u32) -> Request<'static> {
+    Request::Fault {
+        file: file.token,
+        generation: file.generation,
+        range: PageRange {
+            first: PageIndex(first),
+            count,
+        },
+        hint: FaultHint::Populate,
+    }
 }
 
 /// One session, or an attempt at one.
@@ -298,36 +332,26 @@ impl Raw {
 
     /// As [`Self::fault`], with the references that come from a daemon which gives no descriptors.
     pub fn granted(&mut self, file: &RawFile, first: u64, count: u32) -> Result<Granted, i32> {
-        let request = Request::Fault {
-            file: file.token,
-            generation: file.generation,
-            range: PageRange {
-                first: PageIndex(first),
-                count,
-            },
-            hint: FaultHint::Populate,
-        };
-        let came = self.ask(&request).ok_or(libc::EPIPE)?;
-        match came.reply() {
-            Reply::Granted {
-                range,
-                granter,
-                refs,
-                ..
-            } => Ok(Granted {
-                range,
-                granter: granter.0,
-                refs: refs
-                    .as_chunks()
-                    .0
-                    .iter()
-                    .map(|r| u32::from_le_bytes(*r))
-                    .collect(),
-            }),
-            Reply::Stale { .. } => Err(libc::ESTALE),
-            Reply::Error { errno, .. } => Err(errno),
-            other => panic!("to Fault: {other:?}"),
+        let came = self.ask(&fault_request(file, first, count));
+        came.ok_or(libc::EPIPE)?.granted()
+    }
+
+    /// As [`Self::granted`], renewing the lease for as long as it takes.
+    pub fn granted_at_last(
+        &mut self,
+        file: &RawFile,
+        first: u64,
+        count: u32,
+    ) -> Result<Granted, i32> {
+        let number = self.tell(&fault_request(file, first, count));
+        while self.renew() {
+            let came = self.earlier.iter().position(|c| c.request() == number);
+            if let Some(at) = came {
+                return self.earlier.remove(at).granted();
+            }
+            std::thread::sleep(Duration::from_millis(50));
         }
+        Err(libc::EPIPE)
     }
 
     /// References for the file's first `pages` pages, all of one domain: that domain, and they.
@@ -336,7 +360,7 @@ impl Raw {
         while (all.len() as u64) < pages {
             let first = all.len() as u64;
             let count = FAULT_PAGES_MAX.min((pages - first) as u32);
-            let granted = self.granted(file, first, count)?;
+            let granted = self.granted_at_last(file, first, count)?;
             let before = (first - granted.range.first.0) as usize;
             assert!(granted.refs.len() > before, "granted nothing: {granted:?}");
             assert!(*of.get_or_insert(granted.granter) == granted.granter);
