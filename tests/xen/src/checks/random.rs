@@ -133,7 +133,7 @@ pub fn random(lab: &Lab) -> Result<String> {
     let audit = daemon.json("audit")?;
     ensure!(audit["ok"] == true, "{audit}");
     let stats = daemon.json("stats")?;
-    let reclaimed = &stats["counters"]["reclaimed_granted"];
+    let reclaimed = &stats["counters"]["reclaimed_granted_pages"];
     ensure!(
         reclaimed.as_u64().unwrap_or(0) > 0,
         "nothing was taken back: {stats}"
