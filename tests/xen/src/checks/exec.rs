@@ -11,6 +11,8 @@ use anyhow::{Context, Result, ensure};
 use std::time::Duration;
 
 const LIMIT: Duration = Duration::from_secs(90);
+/// A whole second copy would be hundreds.
+const TOUCHED_MORE_PAGES: u64 = 8;
 /// Longer than what keeps a mount keeps it unused.
 const KEPT: Duration = Duration::from_secs(40);
 
@@ -98,10 +100,9 @@ fn in_guest(lab: &Lab, guest: &Guest<'_>) -> Result<String> {
     let keepers = run("ps | grep -c '[e]xec-keeper'")?;
     ensure!(keepers.text()? == "1", "{keepers:?}");
     let second = run(script)?;
-    ensure!(
-        copied(&second)? == (pages, of_pages),
-        "{first:?} {second:?}"
-    );
+    let (more, _) = copied(&second)?;
+    // The loader may touch another page or two: where things lie is different each time.
+    ensure!(more <= pages + TOUCHED_MORE_PAGES, "{first:?} {second:?}");
     lasting.signal(15)?;
     lasting.wait(LIMIT)?;
     // Its text is that of the share, by the kernel's own list.
@@ -131,6 +132,7 @@ fn in_guest(lab: &Lab, guest: &Guest<'_>) -> Result<String> {
         Ok((later.stdout == "0\n1\n2\n").then_some(()))
     })?;
     Ok(format!(
-        "bash, loader and libraries: {pages} of {of_pages} pages copied, a second process copied none"
+        "bash, loader and libraries: {pages} of {of_pages} pages copied, a second process beside it copied {}",
+        more.saturating_sub(pages)
     ))
 }
