@@ -7,6 +7,7 @@
 use crate::daemon::Daemon;
 use crate::guest::{Background, Guest, Kind, Setup};
 use crate::lab::Lab;
+use crate::numbers::Numbers;
 use crate::programs::library::content;
 use anyhow::{Result, bail, ensure};
 use std::time::{Duration, Instant};
@@ -75,16 +76,15 @@ fn kills(lab: &Lab, kills: u32) -> Result<String> {
     };
     let mut counts = all_read(&vec![0; readers.len()])?;
     let mut slowest = Duration::ZERO;
-    let mut draw = u64::from(std::process::id());
+    let mut numbers = Numbers::new(u64::from(std::process::id()));
     for kill in 1..=kills {
-        draw = draw.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-        std::thread::sleep(Duration::from_millis((draw >> 33) % 3000));
+        std::thread::sleep(Duration::from_millis(numbers.below(3000) as u64));
         daemon.kill()?;
         // Most are shorter than a lease; after the others what was mapped has been taken back.
         let away = if kill % 5 == 0 {
             6000
         } else {
-            (draw >> 20) % 500
+            numbers.below(500) as u64
         };
         std::thread::sleep(Duration::from_millis(away));
         daemon.again()?;

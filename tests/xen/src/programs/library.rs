@@ -44,14 +44,6 @@ pub(super) fn say(words: &str) -> Result<()> {
     Ok(std::io::stdout().flush()?)
 }
 
-/// A number from 0 to below `below`.
-pub(super) fn next(x: &mut u64, below: usize) -> usize {
-    *x = x
-        .wrapping_mul(6364136223846793005)
-        .wrapping_add(1442695040888963407);
-    (*x >> 33) as usize % below
-}
-
 /// What the kernel says of the memory that the device is mapped to: never writable, never made so,
 /// never executable.
 fn look_at_flags() -> Result<usize> {

@@ -1,6 +1,7 @@
 //! A guest that reads a mapped file for ever, through deaths of the daemon.
 
-use super::library::{next, version_of};
+use super::library::version_of;
+use crate::numbers::Numbers;
 use anyhow::{Context, Result, ensure};
 use copage_grants::PAGE_SIZE;
 use copage_mmap::{Client, ConnectOptions, DaemonAt, MapOptions, Mapping, OpenHow};
@@ -31,10 +32,10 @@ pub fn reader(arguments: &[&str]) -> Result<()> {
         ensure!(bytes.write_u64(page * PAGE_SIZE, page as u64 + 77));
     }
     let pages = mapping.len() / PAGE_SIZE;
-    let mut x = u64::from(std::process::id());
+    let mut numbers = Numbers::new(u64::from(std::process::id()));
     let (mut said, mut read) = (None, 0);
     loop {
-        let page = next(&mut x, pages);
+        let page = numbers.below(pages);
         let wrong = match read % 16 {
             0 if page >= MINE => version_of(private.as_volatile(), page, 1).err(),
             0 => (mine(&private, page)? != page as u64 + 77)
