@@ -10,7 +10,7 @@ use crate::quiet::Quiet;
 use crate::session::{Answer, Common, Session};
 use crate::shared::{Parts, Shared};
 use crate::stamp::SessionNo;
-use crate::sys::{EventFd, empty_file, hollow_file};
+use crate::sys::{EventFd, empty_file};
 use crate::uffd::Uffd;
 use copage_coherence::msg::{
     HelloFlags, MESSAGE_BYTES_MAX, PROTOCOL_VERSION, Reply, Request, WelcomeFlags,
@@ -147,7 +147,6 @@ pub(crate) fn begin(
     let sys = |call| move |e: io::Error| MmapError::sys(call, &e);
     let wake = EventFd::new().map_err(sys("eventfd"))?;
     let empty = empty_file().map_err(sys("memfd_create"))?;
-    let hollow = hollow_file().map_err(sys("memfd_create"))?;
     let full = match options.userfault {
         UserfaultPolicy::Best => Uffd::full().ok(),
         UserfaultPolicy::UserModeOnly | UserfaultPolicy::None => None,
@@ -169,7 +168,6 @@ pub(crate) fn begin(
             jobs,
             told: tell,
             empty,
-            hollow,
             opener,
         },
     ));

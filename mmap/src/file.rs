@@ -27,7 +27,8 @@ pub(crate) struct Content {
     /// Length in bytes.
     pub(crate) bytes: u64,
     /// The home's descriptor; one open file for all mappings of the generation, so that the kernel
-    /// can join their parts again. `None`: not for mapping, or the pages come as grants.
+    /// can join their parts again. `None`: not for mapping, the pages come as grants, or nobody
+    /// vouches for any.
     pub(crate) home: Option<Arc<OwnedFd>>,
 }
 

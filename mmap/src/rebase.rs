@@ -42,12 +42,12 @@ pub(crate) fn rebase(shared: &Shared, file: &Arc<FileInner>, content: Content) {
 }
 
 /// Nobody vouches any more for what the file's mappings show: every page that was not stored to becomes a
-/// hole, where accesses wait.
+/// hole, where accesses wait. (Not a hole in a file: that would be longer than RLIMIT_FSIZE may allow.)
 pub(crate) fn hollow(shared: &Shared, file: &Arc<FileInner>) {
     let known = file.content.lock().clone();
     let content = Content {
         stamp: known.stamp.hollowed(),
-        home: (!file.granted()).then(|| Arc::clone(&shared.hollow)),
+        home: None,
         ..known
     };
     rebase(shared, file, content);

@@ -57,7 +57,7 @@ fn run(shared: &Arc<Shared>, last: (SessionNo, Epoch), short_lives: u32, stop: &
                     hello_ms,
                 });
                 // Said first, asked afterwards: a pager that ends finds the session, or this sees it.
-                if shared.line.lost().is_none() && open_all(shared, &session).is_ok() {
+                if shared.line.lost().is_none() && open_all(shared, &session, stop).is_ok() {
                     shared.tell(Told::Returned(session.number()));
                 }
                 return;
@@ -89,9 +89,23 @@ fn connect(
 
 /// Opens all files again that may be mapped. What is only read, and directories, are found again when
 /// they are used.
-fn open_all(shared: &Shared, session: &Arc<Session>) -> Result<()> {
+fn open_all(shared: &Shared, session: &Arc<Session>, stop: &Receiver<()>) -> Result<()> {
     for file in shared.mappable_files() {
-        let job = match file.open_again(shared, session) {
+        let mut pause = RECONNECT_PAUSE_MIN;
+        let opened = loop {
+            match file.open_again(shared, session) {
+                // The host is just writing it.
+                Err(MmapError::Refused { errno, .. })
+                    if errno == libc::EAGAIN && pause < RECONNECT_PAUSE_MAX =>
+                {
+                    // Dropped when this session is over, or all is: the next call tells.
+                    let _ = stop.recv_timeout(pause);
+                    pause *= 2;
+                }
+                other => break other,
+            }
+        };
+        let job = match opened {
             Ok(Some(content)) => Job::Rebase {
                 file: Arc::clone(&file),
                 content,

@@ -33,8 +33,6 @@ pub(crate) struct Shared {
     pub(crate) jobs: Sender<Job>,
     /// An empty file: what pages that are SIGBUS are mapped from.
     pub(crate) empty: OwnedFd,
-    /// A file that is one hole: what pages are mapped from that nobody vouches for.
-    pub(crate) hollow: Arc<OwnedFd>,
     /// To the pager, which is woken when it is idle.
     told: Sender<Told>,
     opener: Opener,
@@ -49,7 +47,6 @@ pub(crate) struct Parts {
     pub(crate) jobs: Sender<Job>,
     pub(crate) told: Sender<Told>,
     pub(crate) empty: OwnedFd,
-    pub(crate) hollow: OwnedFd,
     pub(crate) opener: Opener,
 }
 
@@ -63,7 +60,6 @@ impl Shared {
             files: Leaf::new(HashMap::new()),
             jobs: parts.jobs,
             empty: parts.empty,
-            hollow: Arc::new(parts.hollow),
             told: parts.told,
             opener: parts.opener,
             granted: OnceLock::new(),

@@ -51,14 +51,6 @@ pub(crate) fn empty_file() -> io::Result<OwnedFd> {
     Ok(memfd_create(c"copage-refused", MemfdFlags::CLOEXEC)?)
 }
 
-/// A file that is one hole, as long as a file can be: with a userfaultfd every access to a mapping of it
-/// is a fault that waits.
-pub(crate) fn hollow_file() -> io::Result<OwnedFd> {
-    let file = memfd_create(c"copage-hollow", MemfdFlags::CLOEXEC)?;
-    rustix::fs::ftruncate(&file, i64::MAX as u64 & !(PAGE_SIZE as u64 - 1))?;
-    Ok(file)
-}
-
 /// May a mapping be stored to?
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Protection {

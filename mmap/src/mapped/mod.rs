@@ -122,8 +122,8 @@ pub(crate) fn fresh(
     Ok(region)
 }
 
-/// Memory of a granted file that holds nothing: registered where nobody sees it yet. There is nothing
-/// to arm: pages come write-protected into a private one.
+/// Memory that holds nothing, of a granted file or of one that nobody vouches for: registered where nobody
+/// sees it yet. There is nothing to arm: pages come write-protected into a private one.
 pub(crate) fn scratch(uffd: &Uffd, bytes: usize, kind: MapKind) -> Result<Region> {
     let (protection, private) = protection(kind);
     let region = Region::anonymous(bytes, protection)

@@ -83,32 +83,36 @@ impl Pager {
         true
     }
 
+    /// When it is given up. Not while the daemon is there again: then the new lease is what counts.
+    fn given_up_ms(&self) -> u64 {
+        let absence = self.absence.as_ref();
+        let away = absence.filter(|_| self.phase == Phase::Away);
+        away.map_or(u64::MAX, |absence| absence.until_ms)
+    }
+
     /// When something is due while the daemon is away.
     pub(super) fn absence_due(&self) -> Option<u64> {
-        let absence = self.absence.as_ref()?;
-        let hollow_ms = absence.hollow_ms.unwrap_or(u64::MAX);
-        Some(absence.until_ms.min(hollow_ms))
+        let hollow_ms = self.absence.as_ref()?.hollow_ms.unwrap_or(u64::MAX);
+        Some(self.given_up_ms().min(hollow_ms)).filter(|due| *due != u64::MAX)
     }
 
     /// Does what is due while the daemon is away.
     pub(super) fn wait_on(&mut self) {
-        let now = now_ms();
-        let last = match self.phase {
-            Phase::Away => Some(self.session.number()),
-            // Of this session nothing becomes hollow; of all before it.
-            Phase::Returning => self.session.number().before(),
-            Phase::Live | Phase::Ending => return,
-        };
+        let given_up = now_ms() >= self.given_up_ms();
         let Some(absence) = &mut self.absence else {
             return;
         };
-        if absence.hollow_ms.is_some_and(|at| now >= at) {
+        if absence.hollow_ms.is_some_and(|at| now_ms() >= at) {
             absence.hollow_ms = None;
+            let last = match self.phase {
+                Phase::Returning => self.session.number().before(),
+                _ => Some(self.session.number()),
+            };
             if let Some(last) = last {
                 let _ = self.shared.jobs.send(Job::Hollow(last));
             }
         }
-        if now >= absence.until_ms {
+        if given_up {
             let why = absence.why.clone();
             self.end(why);
         }

@@ -92,10 +92,13 @@ impl RunDir {
         }
         let last: u32 = last.and_then(|word| word.parse().ok()).unwrap_or(0);
         let epoch = epoch_seconds().max(last.saturating_add(1));
+        // In one write of one length, over what was there: a daemon that is killed here leaves the old
+        // epoch or the new one, never none.
+        let line = format!("{:<10} {epoch:>10}\n", std::process::id());
         let write = |lock: &mut File| {
-            lock.set_len(0)?;
             lock.rewind()?;
-            writeln!(lock, "{} {epoch}", std::process::id())
+            lock.write_all(line.as_bytes())?;
+            lock.set_len(line.len() as u64)
         };
         write(&mut lock).map_err(fail(&lock_path))?;
         Ok(Self {
@@ -155,6 +158,13 @@ mod tests {
         drop(first);
         let second = RunDir::claim(&path).unwrap();
         assert!(second.epoch > epoch);
+        let epoch = second.epoch;
+        drop(second);
+        // A clock that was set back, and a line as earlier daemons wrote it.
+        let ahead = epoch + 1_000_000;
+        std::fs::write(path.join(LOCK_FILE), format!("1 {ahead}\n")).unwrap();
+        assert_eq!(RunDir::claim(&path).unwrap().epoch, ahead + 1);
+        assert_eq!(RunDir::claim(&path).unwrap().epoch, ahead + 2);
     }
 
     #[test]
