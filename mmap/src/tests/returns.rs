@@ -61,6 +61,15 @@ fn shown(mapping: &Mapping, page: usize) -> u32 {
     content
 }
 
+/// Lets the others go when this thread fails.
+struct Stops<'a>(&'a AtomicBool);
+
+impl Drop for Stops<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
 /// Readers of shared and private mappings, callers, and a daemon that dies again and again. Nobody sees
 /// anything but a delay; a SIGBUS would end the whole test.
 fn through_deaths(by: By, changed: bool) {
@@ -75,6 +84,7 @@ fn through_deaths(by: By, changed: bool) {
     let (stop, newest) = (AtomicBool::new(false), AtomicU32::new(1));
     let read = AtomicU64::new(0);
     std::thread::scope(|scope| {
+        let stops = Stops(&stop);
         for thread in 0..3usize {
             let (mapping, mine, stop, newest, read) = (&mapping, &mine, &stop, &newest, &read);
             scope.spawn(move || {
@@ -129,7 +139,7 @@ fn through_deaths(by: By, changed: bool) {
                 read.load(Ordering::Relaxed) > before + 100
             });
         }
-        stop.store(true, Ordering::SeqCst);
+        drop(stops);
         calls.join().unwrap();
     });
     let last = newest.load(Ordering::SeqCst);

@@ -24,7 +24,7 @@ const UP: &str = "mounted ";
 ///
 /// A file that changes on the host: what is open or mapped on frames keeps its whole old content, new
 /// opens get the new one. Names and attributes are believed for one second. If the daemon dies, files
-/// open on frames go on, the rest is EIO until it is back.
+/// open on frames go on, the rest waits until it is back; after a minute it is EIO until then.
 ///
 /// SIGTERM, SIGINT and `copage umount DIR` end it. If it is in use then, a signal detaches it: it is
 /// served on until its last use; a second signal ends it at once.
