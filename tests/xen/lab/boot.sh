@@ -24,6 +24,7 @@ boot() { # mode, where the serial console goes
         -display none -vga none -nic none -no-reboot -serial "$serial" \
         -kernel "$images/xen" -append "$(echo $xen_arguments loglvl=$level guest_loglvl=$level)" \
         -initrd "$images/dom0-vmlinux console=hvc0 loglevel=4 rdinit=/init lab.mode=$mode,$images/dom0.cpio" \
+        -drive "file=$images/tree.img,format=raw,if=none,id=tree,readonly=on" -device virtio-blk-pci,drive=tree \
         -virtfs "local,path=$logs,mount_tag=share,security_model=none,id=share" \
         -virtfs "local,path=$images/guests,mount_tag=images,security_model=none,readonly=on,id=images"
 }

@@ -20,7 +20,8 @@ describe_xen() { # version -> suite, kernels
 
 need_programs() { # install?
     local missing=() pair
-    for pair in qemu-system-x86_64:qemu-system-x86 xz:xz-utils zstd:zstd readelf:binutils setpriv:util-linux \
+    local PATH="$PATH:/usr/sbin:/sbin"
+    for pair in qemu-system-x86_64:qemu-system-x86 xz:xz-utils zstd:zstd readelf:binutils setpriv:util-linux mke2fs:e2fsprogs \
         dpkg-deb:dpkg apt-get:apt flock:util-linux; do
         command -v "${pair%%:*}" >/dev/null || missing+=("${pair##*:}")
     done

@@ -65,6 +65,8 @@ fetch_xen() { # version, suite
     local version="$1" suite="$2" tree="$lab/tree/xen-$1"
     local -a libraries=("libxenmisc$version" libxenhypfs1 libxengnttab1 libxenforeignmemory1 libxenevtchn1
         libxenstore4 libxencall1 libxentoolcore1 libxentoollog1 xenstore-utils busybox-static libc6 libgcc-s1)
+    # QEMU serves 9pfs, which copage is measured against.
+    libraries+=(qemu-system-xen)
     # Their dependencies are for a host that runs from disk: scripts, emulators, a boot loader.
     local -a alone=("xen-hypervisor-$version-amd64" "xen-utils-$version" xen-utils-common)
     say "fetching Xen $version"
@@ -82,13 +84,15 @@ fetch_xen() { # version, suite
 }
 
 # Modules that the images may load, with what those depend on.
-kernel_dirs=(drivers/xen drivers/virtio drivers/block net/9p fs/9p fs/netfs fs/fscache fs/fuse fs/overlayfs lib)
+kernel_dirs=(drivers/xen drivers/virtio drivers/block net/9p fs/9p fs/netfs fs/fscache fs/fuse fs/overlayfs fs/ext4 fs/jbd2 crypto lib)
 
 # A kernel: uncompressed, because the emulated machine would take longer over that than we do.
 fetch_kernel() { # suite
     local suite="$1" tree="$lab/tree/linux-$1" package dir patterns=()
     say "fetching Linux of $suite"
-    for dir in "${kernel_dirs[@]}"; do patterns+=("./lib/modules/*/kernel/$dir/*" "./usr/lib/modules/*/kernel/$dir/*"); done
+    for dir in "${kernel_dirs[@]/%//*}" 'fs/mbcache.*'; do
+        patterns+=("./lib/modules/*/kernel/$dir" "./usr/lib/modules/*/kernel/$dir")
+    done
     (
         apt_for "$suite"
         package=$(apt-cache show --no-all-versions linux-image-amd64 | sed -n 's/^Depends: \(linux-image-[^ ,]*\).*/\1/p')

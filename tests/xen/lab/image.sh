@@ -2,12 +2,15 @@
 #
 #   xen, dom0-vmlinux, dom0.cpio      what QEMU loads
 #   guests/{vmlinux,initrd}-SERIES    what dom0 starts guests from (SERIES: 6.1, 6.12)
+#   guests/qemu/                      what serves 9pfs, for the one check that needs it: dom0 runs it off the share
+#   tree.img                          a disk with some 64 MiB of real files
 #
 # Every system runs from its initramfs: busybox, the modules, copage, and in dom0 Xen's tools. An
 # initramfs is several archives one after the other, so that a new copage does not make all of it anew.
 
-dom0_modules=(virtio_pci 9pnet_virtio 9p xen-privcmd xen-gntdev xen-gntalloc xen-evtchn xenfs fuse loop xen-blkback)
-guest_modules=(xen-privcmd xen-gntdev xen-gntalloc xen-evtchn xenfs 9pnet_xen 9p fuse xen-blkfront)
+dom0_modules=(virtio_pci 9pnet_virtio 9p xen-privcmd xen-gntdev xen-gntalloc xen-evtchn xenfs fuse xen-blkback
+    virtio_blk crc32c_generic ext4)
+guest_modules=(xen-privcmd xen-gntdev xen-gntalloc xen-evtchn xenfs 9pnet_xen 9p fuse xen-blkfront crc32c_generic ext4)
 # What copage opens by name at run time.
 client_libraries=(libxengnttab.so.1 libxenforeignmemory.so.1 libxenevtchn.so.1 libxenstore.so.4
     libxenhypfs.so.1 libxencall.so.1 libxentoolcore.so.1 libxentoollog.so.1)
@@ -134,6 +137,38 @@ dom0_system() { # version
     rm -rf "$image"
 }
 
+# What a 9pfs device needs in dom0. It stays outside of dom0's image: that is memory, for every check.
+qemu_system() {
+    local image="$images/guests/qemu"
+    rm -rf "$image"
+    mkdir -p "$image"
+    with_libraries "$image" "$tree/usr/libexec/xen-qemu-system-i386"
+    cp "$tree/usr/libexec/xen-qemu-system-i386" "$image/qemu"
+    # It wants to know a keyboard's layout before it does anything.
+    cp -r "$tree/usr/share/qemu/keymaps" "$image/"
+    printf '%s\n' '#!/bin/sh' 'export LD_LIBRARY_PATH=/images/qemu/usr/lib/x86_64-linux-gnu' \
+        'exec /images/qemu/qemu -L /images/qemu "$@"' > "$image/run"
+    chmod +x "$image/run"
+}
+
+# What guests read when ways to share are compared: the programs, libraries and data of Xen's packages.
+tree_disk() {
+    local files="$images/tmp/tree" name bytes sum=0
+    rm -rf "$files"
+    mkdir -p "$files"
+    while read -r bytes name; do
+        sum=$((sum + bytes))
+        [ "$sum" -lt $((tree_mib << 20)) ] || break
+        mkdir -p "$files/$(dirname "$name")"
+        cp "$tree/usr/$name" "$files/$name"
+    done < <(find "$tree/usr" -type f -size +0 -printf '%s %P\n' | LC_ALL=C sort -k 2)
+    rm -f "$images/tree.img"
+    PATH="$PATH:/usr/sbin:/sbin" mke2fs -q -t ext4 -O ^has_journal -m 0 -E root_owner=0:0 -d "$files" \
+        "$images/tree.img" $((tree_mib + 16))M
+    rm -rf "$files"
+}
+tree_mib=64
+
 guest_system() { # kernel
     local image="$images/tmp/guest" series
     series=$(series_of "$1")
@@ -168,6 +203,8 @@ images() { # version; after fetch_all
     mkdir -p "$images/guests" "$images/tmp"
     recipe=$(digest "$here"/lab/{image,fetch}.sh "$here"/image/*)
     unless_done "$images/dom0-system.stamp" "$recipe" dom0_system "$version"
+    unless_done "$images/qemu.stamp" "$recipe" qemu_system
+    unless_done "$images/tree.stamp" "$recipe" tree_disk
     unless_done "$images/own.stamp" "$(digest "$copage" "$driver")" own_programs "$copage" "$driver"
     cat "$images/dom0-system.cpio" "$images/own.cpio" > "$images/dom0.cpio"
     for kernel in "${guest_kernels[@]}"; do

@@ -7,6 +7,7 @@ pub mod measure;
 pub mod mute;
 pub mod random;
 pub mod reader;
+pub mod tree;
 
 use anyhow::Result;
 
@@ -27,6 +28,7 @@ pub const PROGRAMS: &[(&str, Program)] = &[
     ("random", random::random),
     ("granted", granted::granted),
     ("guess", granted::guess),
+    ("tree", tree::tree),
 ];
 
 /// Prints its arguments: the shortest program there is, to see that programs run.

@@ -31,7 +31,7 @@ pub fn run(checks: &[&'static Check], logs: &Path) -> Result<bool> {
                 all = false;
                 let _ = std::process::Command::new("sh")
                     .arg("-c")
-                    .arg("xl list; xl dmesg | tail -n 60; dmesg | tail -n 60")
+                    .arg("xl list; xl dmesg | tail -n 60; dmesg | tail -n 60; tail -n 40 /var/log/xen/*.log")
                     .stdout(File::create(logs.join(format!("{name}.machine.txt")))?)
                     .status();
                 // One line a check, whatever a program said.

@@ -14,6 +14,7 @@ mod library;
 mod limits;
 mod local;
 mod measure;
+mod memory;
 mod never_acks;
 mod random;
 
@@ -208,5 +209,11 @@ pub const CHECKS: &[Check] = &[
         360,
         "costs beside the bare operations, as ratios: map, fault, entries",
         measure::measure,
+    ),
+    check(
+        "memory",
+        900,
+        "memory of three guests that read one tree: copage, 9pfs, a block device",
+        memory::memory,
     ),
 ];
