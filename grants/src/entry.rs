@@ -143,6 +143,14 @@ impl Entry {
         }
     }
 
+    /// Permits nothing more and leaves what is mapped: with the last unmap the entry is free. Until then the
+    /// hypervisor lets only the domain that maps it map it again; nobody who gets that domain's number
+    /// after its end.
+    pub fn withdraw(&self) {
+        let permits = u32::from(GTF_PERMIT_ACCESS | GTF_READONLY);
+        self.head.fetch_and(!permits, Ordering::AcqRel);
+    }
+
     /// Frees the entry, in use or not, where nobody can use it any more: the grantee is dead or its
     /// mappings are gone, and whoever set the bits (a hypervisor, or the daemon in its place) does
     /// so no more. Hence no compare-exchange: there is nobody to race with.

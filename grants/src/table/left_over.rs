@@ -1,7 +1,8 @@
 //! Tables with entries of an earlier life of the daemon (xen: the table outlives it).
 //!
 //! What is not in use is freed when the table is found. The rest is *left over*: not in the ledger,
-//! its slot not free, its frame not to be used until the entry shows no mapping any more.
+//! its slot not free, its frame not to be used until the entry shows no mapping any more. It permits nothing,
+//! because the domain that it names may end, and another get its number, before anybody looks again.
 
 use super::{GrantTables, Placement, Table};
 use crate::entry::EntryMemory;
@@ -27,6 +28,7 @@ impl<M: EntryMemory, P: Placement> GrantTables<M, P> {
         for (slot, entry) in entries.skip(ENTRIES_RESERVED as usize) {
             let state = entry.state();
             if !state.is_free() && !entry.revoke() {
+                entry.withdraw();
                 left.insert(slot, frame_of(state.frame));
             }
         }
@@ -147,6 +149,9 @@ mod tests {
 
         let second = open(&memory);
         assert_eq!(second.left_over(), 3);
+        let another = |n: usize| at(n).map(DomId(53), Access::ReadOnly);
+        assert!([2, 3, 7].iter().all(|n| another(*n).is_none()), "permitted");
+        assert!(at(2).state().is_mapped() && !at(2).state().is_free());
         assert!(!memory.entries()[0].state().is_free(), "the toolstack's");
         assert!(at(1).state().is_free());
         let mut out = Vec::new();

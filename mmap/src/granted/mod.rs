@@ -20,7 +20,8 @@
 //! remembers where the page table entries lie): the same entries are mapped a second time with
 //! MAP_FIXED *while the first mapping stands*, since an entry in use can be mapped again by the same
 //! domain whatever becomes of it. mmap(2) holds the address space's lock until the pages are in, so
-//! a reader that comes between waits for it. What can fail then is memory for the kernel itself, or
+//! a reader that comes between waits for it. Where the process never had so much mapped, a second trial
+//! shows first that the hypervisor can track it. What can fail then is memory for the kernel itself, or
 //! the hypervisor's tracking just filled by another process: the pages are SIGBUS from then on
 //! ([`crate::sys::Region::refuse_unmapped`]) until they are populated.
 //!
@@ -218,10 +219,16 @@ impl Granted {
         }
     }
 
-    /// Gives back a part of what is mapped, oldest first.
-    pub(crate) fn give_back_part(&self, shared: &Shared) {
+    /// Gives back a part of what is mapped, oldest first: room for `pages` and a little more.
+    pub(crate) fn give_back_part(&self, shared: &Shared, pages: usize) {
         let mapped = self.held.pages.load(Ordering::Relaxed);
-        let until = mapped - mapped.div_ceil(GIVE_BACK_PART);
+        // Where nothing can be moved, a batch is mapped twice for a moment.
+        let batch = if self.device.movable() {
+            pages
+        } else {
+            2 * pages
+        };
+        let until = mapped.saturating_sub(batch + mapped.div_ceil(GIVE_BACK_PART));
         while self.held.pages.load(Ordering::Relaxed) > until && self.give_back_oldest(shared) {}
     }
 

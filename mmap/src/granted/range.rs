@@ -120,7 +120,7 @@ pub(crate) fn map(shared: &Shared, job: &MapJob) -> MapOutcome {
         Err(error) => return MapOutcome::Failed(error),
     };
     if job.crowded {
-        granted.give_back_part(shared);
+        granted.give_back_part(shared, job.refs.len());
     }
     let mut outcome = MapOutcome::Done;
     for mapped in &job.mappings {

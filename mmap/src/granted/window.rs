@@ -11,6 +11,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 pub(crate) struct Held {
     pub(crate) windows: AtomicUsize,
     pub(crate) pages: AtomicUsize,
+    /// Pages, each as often as it was mapped, that were mapped at one time: the hypervisor can track so many.
+    proven: AtomicUsize,
 }
 
 /// A batch. Whole or not at all: there is no way to let go of a part.
@@ -89,6 +91,15 @@ impl Window {
         }
         // While the trial is mapped the hypervisor lets the same domain map these entries again,
         // whatever becomes of them.
+        if held.pages.load(Ordering::Relaxed) + refs.len() > held.proven.load(Ordering::Relaxed) {
+            // So many never were: a second trial, because what fails over the range leaves a hole there.
+            let second = Self::announce(device, held, granter, refs).map_err(Untouched)?;
+            let mapped = device.map(second.index, refs.len()).map_err(Untouched)?;
+            let pages = held.pages.load(Ordering::Relaxed);
+            held.proven.fetch_max(pages, Ordering::Relaxed);
+            // Before `second`, whose memory it is.
+            drop(mapped);
+        }
         let window = Self::announce(device, held, granter, refs).map_err(Untouched)?;
         device
             .map_over(window.index, refs.len(), region, at)

@@ -175,7 +175,7 @@ impl Pager {
             mappings,
             spoiled: Arc::clone(&flight.spoiled),
             session: Arc::clone(&self.session),
-            crowded: flight.tries + 1 == MAP_TRIES_MAX,
+            crowded: flight.tries + 1 >= MAP_TRIES_MAX,
         };
         self.faults.insert(number, flight);
         let _ = self.shared.jobs.send(Job::Map(job));

@@ -294,17 +294,23 @@ fn local_windows_are_capped_and_the_oldest_given_back() {
     mapping.populate(0..100 << 12).unwrap();
 }
 
+/// In a PV guest a batch is mapped twice for a moment: what is full only then must be noticed before the
+/// reader's range is touched. Cannot show what the hypervisor does.
 #[test]
 fn local_a_full_hypervisor_is_made_room_in() {
-    let (fake, standin, client) = start();
-    standin.set_pages_max(100);
-    let mapping = map(&client, &MapOptions::shared());
-    for page in (0..PAGES).step_by(17) {
-        assert_eq!(page_word(mapping.as_volatile(), page), word(1, page as u64));
+    for movable in [true, false] {
+        let (fake, standin) = Fake::start_granted(BYTES, movable);
+        let client = connect_granted(&fake);
+        standin.set_pages_max(100);
+        let mapping = map(&client, &MapOptions::shared());
+        for page in (0..PAGES).step_by(17) {
+            assert!(reachable(&mapping, page), "page {page}, movable {movable}");
+            assert_eq!(page_word(mapping.as_volatile(), page), word(1, page as u64));
+        }
+        assert!(mapping.last_error().is_none());
+        assert!(standin.refused.load(Ordering::SeqCst) > 0);
+        drop(fake);
     }
-    assert!(mapping.last_error().is_none());
-    assert!(standin.refused.load(Ordering::SeqCst) > 0);
-    drop(fake);
 }
 
 #[test]

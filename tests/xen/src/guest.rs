@@ -8,6 +8,7 @@ use crate::store::{PAYLOAD_MAX, Store};
 use anyhow::{Context, Result, bail};
 use std::cell::{Cell, RefCell};
 use std::fmt;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// How long a guest may take to come up. A PVH guest takes ten seconds on a quiet machine.
@@ -48,6 +49,8 @@ pub struct Setup {
     pub series: Option<String>,
     /// More lines of its configuration (xl.cfg).
     pub more: Vec<String>,
+    /// Its domid, which must be nobody's; `None`: the next.
+    pub domid: Option<u16>,
 }
 
 impl Setup {
@@ -59,8 +62,25 @@ impl Setup {
             mem_mib,
             series: None,
             more: Vec::new(),
+            domid: None,
         }
     }
+}
+
+/// Words for dom0 that make a domain with a domid that had been another's. The toolstack counts domids up,
+/// or draws them at random and takes none that was in use in the last minute: it is given its random
+/// number, and no memory.
+fn create_as(lab: &Lab, domid: u16, configuration: &Path) -> Result<String> {
+    let (random, policy) = (lab.work().join("random"), lab.work().join("xl.conf"));
+    std::fs::write(&random, domid.to_le_bytes())?;
+    std::fs::write(&policy, "domid_policy=\"random\"\n")?;
+    Ok(format!(
+        "export LIBXL_DOMID_REUSE_TIMEOUT=0; unshare -m sh -c 'mount --bind {} /dev/urandom && \
+         mount --bind {} /etc/xen/xl.conf && exec xl create -q {}'",
+        random.display(),
+        policy.display(),
+        configuration.display()
+    ))
 }
 
 /// A guest. Destroyed when dropped.
@@ -97,8 +117,11 @@ impl<'a> Guest<'a> {
         };
         let path = lab.work().join(format!("{}.cfg", setup.name));
         std::fs::write(&path, Self::configuration(lab, setup, &series)?)?;
-        lab.sh(&format!("xl create -q {}", path.display()))?
-            .text()?;
+        let create = match setup.domid {
+            Some(domid) => create_as(lab, domid, &path)?,
+            None => format!("xl create -q {}", path.display()),
+        };
+        lab.sh(&create)?.text()?;
         let domid = lab
             .sh(&format!("xl domid {}", setup.name))?
             .text()?
@@ -276,10 +299,11 @@ impl<'a> Guest<'a> {
 
 impl Drop for Guest<'_> {
     fn drop(&mut self) {
-        // It may be gone; a name is looked up, because a domid may be another's by now.
-        let _ = self
-            .lab
-            .sh(&format!("xl destroy {} 2>/dev/null", self.name));
+        // It may be gone, and its domid or its name another's by now; what a check renamed is ended after it.
+        let Self { name, domid, .. } = self;
+        let words =
+            format!("[ \"$(xl domname {domid} 2>/dev/null)\" = {name:?} ] && xl destroy {domid}");
+        let _ = self.lab.sh(&words);
     }
 }
 

@@ -241,11 +241,14 @@ pub fn memory(lab: &Lab) -> Result<String> {
         .context("pages")?
         .parse()?;
     let newest = lab.series()?.last().context("no guest kernels")?.clone();
+    // Xen before 4.19 has one kind of backend and no word for it; later ones start none unless it is said.
+    let minor: u32 = lab.sh("xl info xen_minor")?.text()?.trim().parse()?;
+    let kind = if minor < 19 { "" } else { "type=qemu," };
     let more = vec![
         format!(
             "disk = [\"format=raw,vdev=xvda,access=r,backendtype=phy,script={SCRIPT},target=/dev/vda\"]"
         ),
-        format!("p9 = [\"tag=tree,security_model=none,path={TREE}\"]"),
+        format!("p9 = [\"{kind}tag=tree,security_model=none,path={TREE}\"]"),
         "device_model_version = \"qemu-xen\"".to_owned(),
         "device_model_override = \"/images/qemu/run\"".to_owned(),
     ];

@@ -9,10 +9,12 @@ mod demo;
 pub mod exec;
 pub mod frames;
 mod hostile_guest;
+mod identity;
 mod kills;
 mod library;
 mod limits;
 mod local;
+mod maptrack;
 mod measure;
 mod memory;
 mod never_acks;
@@ -167,6 +169,24 @@ pub const CHECKS: &[Check] = &[
         180,
         "sessions end with their process, their domain, their daemon",
         channel::deaths,
+    ),
+    check(
+        "maptrack",
+        400,
+        "guests that may map less than their programs want",
+        maptrack::maptrack,
+    ),
+    check(
+        "domid-reused",
+        300,
+        "a domid that another domain gets gives it nothing of the old one's",
+        identity::domid_reused,
+    ),
+    check(
+        "identity",
+        300,
+        "guests known by uuid and by name: renamed, one after the other",
+        identity::identity,
     ),
     check(
         "eight",
