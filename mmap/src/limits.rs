@@ -24,7 +24,8 @@ pub(crate) const GRANTED_PAGES_FIRST: u32 = 16;
 pub(crate) const WINDOWS_MAX: usize = 8192;
 /// Pages that a session has mapped from grants at one time: 768 MiB, three quarters of what Xen tracks
 /// for a guest by default (max_maptrack_frames, 262,144 pages); the rest is for other sessions, and for
-/// a batch that is tried before it is shown.
+/// a batch that is tried before it is shown. In a PV guest Linux maps each page twice, and that bound is met
+/// first: as where it was made smaller, windows are given back when a map fails.
 pub(crate) const GRANTED_PAGES_MAX: usize = 196_608;
 /// Part of what is mapped that is given back when there is no room, oldest first.
 pub(crate) const GIVE_BACK_PART: usize = 16;

@@ -14,10 +14,10 @@ use std::time::Duration;
 /// Frames of 256 entries each.
 const MAPTRACK_FRAMES: usize = 4;
 const TRACKED: usize = MAPTRACK_FRAMES * 256;
-/// Pages that are read: three times what can be mapped.
+/// Pages that are read: three times what a PVH guest can map, six times what a PV guest can.
 const PAGES: u64 = 3000;
-/// Pages that another process holds.
-const HELD: u64 = 500;
+/// Pages that another process holds: half of what a PV guest can map.
+const HELD: u64 = 250;
 const LIMIT: Duration = Duration::from_secs(150);
 
 /// A PVH and a PV guest that may map a third of the file, then half of that.
@@ -68,10 +68,16 @@ pub fn maptrack(lab: &Lab) -> Result<String> {
                 ended.is_ok() && said.success(),
                 "{name}, {held} held: {said:?}"
             );
+            // A PV guest's kernel maps a page twice: for the program, and for itself.
+            let most_pages = if name == "few-pv" {
+                TRACKED / 2
+            } else {
+                TRACKED
+            };
             // Else the bound was not met, and nothing was shown.
             ensure!(
-                in_use > TRACKED / 2 && in_use <= TRACKED,
-                "{name}: {in_use} entries in use, {TRACKED} can be"
+                in_use > most_pages / 2 && in_use <= most_pages,
+                "{name}: {in_use} entries in use, {most_pages} can be"
             );
             most.push(format!(
                 "{in_use} at most, {}",
