@@ -177,7 +177,10 @@ impl Cache {
         if inner.scratch.0.is_empty() {
             return self.again(file, inner, waiter, (first, first + count), issue);
         }
-        self.cut_scratch(inner);
+        if !self.cut_scratch(inner) {
+            self.park(file);
+            return Step::Wait(waiter);
+        }
         let count = inner.scratch.0.len() as u32;
         inner.wants_again(waiter.who.dom, first.into(), count);
         let result = match self.grant_scratch(inner, waiter.who) {

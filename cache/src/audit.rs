@@ -108,7 +108,10 @@ impl Cache {
         // With the table's lock: nothing is granted and no frame given back meanwhile.
         self.backend.each_grant(&mut |grant| {
             let state = (grant.frame.0 < table.capacity()).then(|| table.state(grant.frame));
-            if matches!(state, None | Some(FrameState::Free | FrameState::Filling)) {
+            if matches!(
+                state,
+                None | Some(FrameState::Free | FrameState::Filling | FrameState::Out)
+            ) {
                 let (frame, dom) = (grant.frame, grant.dom);
                 report.differs(format!("{dom} holds {frame:?}, which is {state:?}"));
             }
@@ -124,7 +127,8 @@ impl Cache {
             FrameState::Quarantined,
         ];
         let resident: u32 = states.iter().map(|s| table.count(*s)).sum();
-        let all = table.count(FrameState::Free) + table.count(FrameState::Filling) + resident;
+        let empty = [FrameState::Free, FrameState::Out, FrameState::Filling];
+        let all = empty.iter().map(|s| table.count(*s)).sum::<u32>() + resident;
         if all != table.capacity() {
             report.differs(format!("{all} frames are counted of {}", table.capacity()));
         }
@@ -208,7 +212,7 @@ impl Cache {
         let state = table.state(frame);
         let granted = self.backend.holder_count(frame) > 0;
         let good = match state {
-            FrameState::Free | FrameState::Filling => false,
+            FrameState::Free | FrameState::Filling | FrameState::Out => false,
             FrameState::Evicting => true,
             FrameState::Recalling => true,
             FrameState::Quarantined => !is_live || home.recalling > 0,

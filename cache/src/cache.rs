@@ -13,6 +13,7 @@ use crate::limits::{META_THREADS, META_WAITING_MAX};
 use crate::meta::MetaOp;
 use crate::pool::Pool;
 use crate::report::Counters;
+use crate::resize::Resize;
 use crate::tree::Nodes;
 use copage_grants::{Backend, DomId, Version};
 use parking_lot::Mutex;
@@ -39,6 +40,8 @@ pub struct Cache {
     pub(crate) nodes: Nodes,
     pub(crate) meta_pool: Pool<(u64, MetaOp)>,
     pub(crate) fill_pool: Pool<Job>,
+    /// Its thread ends what the budget does not need, which takes seconds.
+    pub(crate) resize_pool: Pool<()>,
     pub(crate) files: Mutex<HashMap<FileKey, Arc<CachedFile>>>,
     pub(crate) frames: Mutex<FrameTable>,
     /// Files that `tick` looks at, and when, in ms.
@@ -57,6 +60,7 @@ pub struct Cache {
     pub(crate) leases: Mutex<HashMap<RawFd, Weak<CachedFile>>>,
     pub(crate) watches: Watches,
     pub(crate) left_over: Mutex<LeftOver>,
+    pub(crate) resize: Resize,
     pub(crate) counters: Counters,
     pub(crate) refilling: AtomicBool,
     next_file: AtomicU64,
@@ -73,12 +77,15 @@ impl Cache {
     ) -> Result<Arc<Self>, CacheError> {
         config.check()?;
         let watches = Watches::new()?;
+        let there = backend.make_frames(config.frames_max)?;
+        let mut frames = FrameTable::new(there.bank_frames);
+        frames.have(there.end);
         let cache = Arc::new_cyclic(|me| Self {
             me: me.clone(),
             force: backend.capabilities().forced_revoke,
             descriptors: backend.capabilities().descriptors,
             backend,
-            frames: Mutex::new(FrameTable::new(config.frames_max)),
+            frames: Mutex::new(frames),
             config,
             events,
             exports: Exports::default(),
@@ -86,6 +93,8 @@ impl Cache {
             meta_pool: Pool::new(META_WAITING_MAX),
             // Bounded by the requests that wait: each has at most one fill's worth of jobs.
             fill_pool: Pool::new(usize::MAX),
+            // `Resize::queued`: one at a time.
+            resize_pool: Pool::new(1),
             files: Mutex::default(),
             attention: Mutex::default(),
             parked: Mutex::default(),
@@ -96,12 +105,14 @@ impl Cache {
             leases: Mutex::default(),
             watches,
             left_over: Mutex::default(),
+            resize: Resize::default(),
             counters: Counters::default(),
             refilling: AtomicBool::new(false),
             next_file: AtomicU64::new(1),
             next_version: AtomicU32::new(1),
             next_idle: AtomicU64::new(1),
         });
+        cache.keep_to(&mut cache.frames.lock(), cache.config.frames_max);
         cache.find_left_over();
         for n in 0..META_THREADS {
             let weak = cache.me.clone();
@@ -116,6 +127,14 @@ impl Cache {
                     true
                 })?;
         }
+        let weak = cache.me.clone();
+        cache.resize_pool.spawn("resize".to_owned(), move |()| {
+            let Some(cache) = weak.upgrade() else {
+                return false;
+            };
+            cache.run_resize();
+            true
+        })?;
         for n in 0..cache.config.fill_threads {
             let weak = cache.me.clone();
             let mut buffer = Buffer::new();
@@ -209,6 +228,7 @@ impl Cache {
     pub fn shutdown(&self) {
         self.meta_pool.stop();
         self.fill_pool.stop();
+        self.resize_pool.stop();
         for file in self.all_files() {
             let mut inner = file.inner.lock();
             for waiter in std::mem::take(&mut inner.waiters) {
@@ -254,6 +274,7 @@ impl Drop for Cache {
     fn drop(&mut self) {
         self.meta_pool.stop();
         self.fill_pool.stop();
+        self.resize_pool.stop();
     }
 }
 

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 /// The settings of one cache.
 #[derive(Clone, Debug)]
 pub struct CacheConfig {
-    /// The budget, in frames of 4 KiB; also the most that [`crate::Cache::set_frames_max`] takes later.
+    /// The budget, in frames of 4 KiB; [`crate::Cache::set_frames_max`] changes it.
     pub frames_max: u32,
     /// Threads that read files.
     pub fill_threads: usize,

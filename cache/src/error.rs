@@ -108,7 +108,7 @@ pub enum CacheError {
     BudgetOutOfBounds {
         /// The least.
         min: u32,
-        /// What the cache was made for.
+        /// The most that can be named.
         max: u32,
     },
     /// A setting that makes no sense.

@@ -135,7 +135,9 @@ impl Cache {
         if inner.scratch.0.len() < count as usize {
             return Ok(None);
         }
-        self.cut_scratch(inner);
+        if !self.cut_scratch(inner) {
+            return Ok(None);
+        }
         let count = inner.scratch.0.len() as u32;
         inner.wants_again(who.dom, first.0, count);
         self.grant_scratch(inner, who)?;
@@ -155,11 +157,24 @@ impl Cache {
         }))
     }
 
-    /// An answer names one granter only: leaves the first frames in `inner.scratch`, whose entries are
-    /// in one table.
-    pub(crate) fn cut_scratch(&self, inner: &mut Inner) {
+    /// Leaves the first frames in `inner.scratch`, which one answer can grant: their entries are in one table,
+    /// since an answer names one granter, and none is being emptied for good. `false`: none can; such a page
+    /// is to be had again when it has gone. (Granting it once more to each guest that lets go of it and wants
+    /// it back could go on for ever.)
+    pub(crate) fn cut_scratch(&self, inner: &mut Inner) -> bool {
         let frames = &mut inner.scratch.0;
         frames.truncate(self.backend.in_one_table(frames));
+        if self.resize.any_leaving() {
+            let table = self.frames.lock();
+            let stays = frames.iter().take_while(|frame| !table.is_emptied(**frame));
+            let stays = stays.count();
+            drop(table);
+            frames.truncate(stays);
+            if frames.is_empty() {
+                self.resize.hurry();
+            }
+        }
+        !frames.is_empty()
     }
 
     /// By what the guest maps what [`Cache::grant_scratch`] granted.

@@ -173,12 +173,34 @@ impl Cache {
                 home.poll_ms = 0;
             }
             self.drain_old(&file, &mut inner, now_ms());
+            self.quarantine_held(&inner, who.dom);
             self.settle_idle(&file, &mut inner);
             self.look_at(&file, &inner);
             drop(inner);
             self.push_advance(&file);
         }
         self.kick_parked();
+    }
+
+    /// What a fenced domain has mapped still of ended generations counts as quarantined: nobody waits for it.
+    fn quarantine_held(&self, inner: &Inner, dom: DomId) {
+        if self.force || inner.old.is_empty() {
+            return;
+        }
+        let slots: HashSet<u32> = inner.old.iter().map(|home| home.slot).collect();
+        let mut held = self.frames_held(inner, dom);
+        let mut holders = Vec::new();
+        held.retain(|frame| {
+            holders.clear();
+            self.backend.holders(*frame, &mut holders);
+            holders.contains(&dom)
+        });
+        let mut table = self.frames.lock();
+        for frame in held {
+            if slots.contains(&table.place(frame).0) {
+                table.set_state(frame, FrameState::Quarantined);
+            }
+        }
     }
 
     /// The domain exists no more, its mappings are gone with it.
@@ -447,17 +469,23 @@ impl Cache {
             .filter(|(p, f)| home.index.get(*p) == Some(*f))
             .count() as u32;
         let deadline_ms = u64::from(self.config.recall_deadline_ms);
+        let mut is_kept = false;
         if now_ms > home.recall_ms + 2 * deadline_ms {
             home.poll_ms = now_ms + DRAIN_POLL_MS_MAX;
             let mut table = self.frames.lock();
             for (page, frame) in &recalled {
                 if home.index.get(*page) == Some(*frame) {
                     table.set_state(*frame, FrameState::Quarantined);
+                    is_kept |= table.is_emptied(*frame);
                 }
             }
         }
         if !done {
             self.end_if_lost(file, inner);
+        }
+        if is_kept {
+            // Its memory is to go, so nobody is granted it any more: others have the page elsewhere.
+            self.rotate(file, inner);
         }
     }
 }

@@ -10,6 +10,7 @@
 //!
 //! | lock | protects | beside it may be taken |
 //! |---|---|---|
+//! | `Resize::making` | which banks there are | all below, but no file's |
 //! | `CachedFile::inner`, one a file | homes and their indexes, opens, what waits, lease | all below; never another file's |
 //! | `Cache::frames` | the table of frames, queues, charges, budget | `guests`, the backend |
 //! | the backend's own | ledger, tables, homes | - |
@@ -40,6 +41,7 @@ mod open;
 mod pool;
 mod reclaim;
 mod report;
+mod resize;
 mod retire;
 mod tick;
 mod tree;
@@ -54,6 +56,7 @@ pub use events::{
     OpenHow, RecallEnd, RecallReason,
 };
 pub use file::{CachedFile, FileId};
+pub use frames::BankStats;
 pub use meta::{MetaOp, MetaReply};
 pub use report::{AuditReport, CacheStats, FilePages, GuestStats, PageRun};
 pub use tree::{Attr, Dir, DirItem, Kind, Node, NodeRef, StatFs};

@@ -6,7 +6,7 @@ use crate::error::CacheError;
 use crate::events::{CacheEvent, RecallReason};
 use crate::file::{CachedFile, Home, Inner, each_run};
 use crate::frames::FrameState;
-use crate::limits::{FRAMES_MIN, HUGE_PAGES, RECALL_PAGES_MAX, RECLAIM_BATCH};
+use crate::limits::{HUGE_PAGES, RECALL_PAGES_MAX, RECLAIM_BATCH};
 use copage_grants::{DomId, FrameNo, PageIndex};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -343,31 +343,5 @@ impl Cache {
     /// Gives back all that is neither pinned nor quarantined.
     pub fn drop_all(&self) {
         self.reclaim(u64::MAX);
-    }
-
-    /// Changes the budget, while everything goes on. A smaller one is kept at once for new frames;
-    /// what is too much is given back in the background.
-    pub fn set_frames_max(&self, frames_max: u32) -> Result<(), CacheError> {
-        {
-            let mut frames = self.frames.lock();
-            if !(FRAMES_MIN..=frames.capacity()).contains(&frames_max) {
-                return Err(CacheError::BudgetOutOfBounds {
-                    min: FRAMES_MIN,
-                    max: frames.capacity(),
-                });
-            }
-            let held = frames.pin_pages + u64::from(frames.count(FrameState::Quarantined));
-            if held >= u64::from(frames_max) {
-                let held = held.min(u64::from(u32::MAX)) as u32;
-                return Err(CacheError::BudgetBelowPinned {
-                    held,
-                    asked: frames_max,
-                });
-            }
-            frames.set_budget(frames_max);
-        }
-        self.refill_if_low();
-        self.kick_parked();
-        Ok(())
     }
 }

@@ -4,7 +4,7 @@ use crate::cache::Cache;
 use crate::config::{GuestId, GuestLimits};
 use crate::error::CacheError;
 use crate::file::{CachedFile, FileKey};
-use crate::frames::FrameState;
+use crate::frames::{BankStats, FrameState};
 use crate::limits::HUGE_PAGES;
 use crate::tree::NodeRef;
 use copage_grants::{DomId, LedgerAudit, PageIndex, Version};
@@ -80,6 +80,8 @@ pub struct CacheStats {
     pub metadata_bytes: u64,
     /// Guests with charges.
     pub guests: Vec<GuestStats>,
+    /// The banks that frames are in.
+    pub banks: Vec<BankStats>,
 }
 
 /// One guest's charges.
@@ -227,6 +229,7 @@ impl Cache {
         stats.frames_quarantined = count(FrameState::Quarantined);
         stats.frames_resident = table.used() - stats.frames_filling - stats.frames_quarantined;
         stats.metadata_bytes = table.bytes() + index_bytes;
+        stats.banks = table.bank_stats();
         stats.guests = table
             .accounts
             .all()

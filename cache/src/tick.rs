@@ -30,6 +30,9 @@ impl Cache {
         if let Some(left_ms) = self.poll_left_over(now_ms) {
             next = Some(next.map_or(left_ms, |n| n.min(left_ms)));
         }
+        if let Some(resize_ms) = self.poll_resize(now_ms) {
+            next = Some(next.map_or(resize_ms, |n| n.min(resize_ms)));
+        }
         if !self.parked.lock().is_empty() {
             let mut parked_ms = self.parked_ms.load(Relaxed) + PARKED_POLL_MS;
             if now_ms >= parked_ms {

@@ -472,8 +472,15 @@ fn local_the_budget_halves_under_load_and_grows_again() {
         rig.until("the budget is kept", |s| s.frames_resident <= s.frames_max);
         rig.audit();
     }
+    // Beyond what it was started with: everything stays.
+    rig.cache.set_frames_max(1000).unwrap();
+    for page in 0..512 {
+        rig.check(&file, a, page, &data);
+    }
+    rig.until("all pages", |s| s.frames_resident == 512);
+    rig.audit();
     assert!(matches!(
-        rig.cache.set_frames_max(513),
+        rig.cache.set_frames_max(10),
         Err(CacheError::BudgetOutOfBounds { .. })
     ));
 }

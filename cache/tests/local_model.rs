@@ -80,7 +80,7 @@ fn op() -> impl Strategy<Value = Op> {
         2 => (file.clone(), 0..70_u64, 1..u64::MAX).prop_map(|(file, page, seed)| Op::Write { file, page, seed }),
         1 => (file, 1..300_000_u64).prop_map(|(file, bytes)| Op::Truncate { file, bytes }),
         1 => (1..100_u64).prop_map(|pages| Op::Reclaim { pages }),
-        1 => (64..=128_u32).prop_map(|frames| Op::Budget { frames }),
+        1 => (64..=256_u32).prop_map(|frames| Op::Budget { frames }),
         1 => guest.clone().prop_map(|guest| Op::End { guest }),
         1 => guest.prop_map(|guest| Op::Fence { guest }),
     ]

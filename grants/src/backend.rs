@@ -85,6 +85,29 @@ pub struct LedgerAudit {
     pub differences: Vec<String>,
 }
 
+/// The frames there are. They come and go in *banks* of neighbours, the first of frame 0 (xen: a bank is
+/// a cache domain).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FramesThere {
+    /// Frames of one bank.
+    pub bank_frames: u32,
+    /// All that are there are below it.
+    pub end: u32,
+}
+
+/// A grant table, for displays.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TableInfo {
+    /// Its number; on Xen that of its bank too.
+    pub table: TableId,
+    /// Whose it is; `None` where guests use descriptors.
+    pub granter: Option<DomId>,
+    /// Entries that can ever be used.
+    pub entries_max: u32,
+    /// Entries that cannot be used now: granted, resting, or mapped since an earlier life.
+    pub entries_used: u32,
+}
+
 /// What is wanted of a home.
 #[derive(Clone, Debug)]
 pub struct HomeSpec {
@@ -108,6 +131,18 @@ pub trait Backend: Send + Sync {
 
     /// What this backend can do on this machine.
     fn capabilities(&self) -> Capabilities;
+
+    /// Sees to it that frames `0..frames` are there, in whole banks: what is missing is made, which can
+    /// take seconds for each bank. On error what this call made is given back. Those that are there
+    /// already stay, also beyond `frames`.
+    fn make_frames(&self, frames: u32) -> Result<FramesThere, GrantError>;
+
+    /// Gives a bank back whose frames hold nothing and are not used before they are made again. `true`: it
+    /// is gone. `false`: not yet, an entry of its table is in use or rests. Can take seconds.
+    fn end_bank(&self, bank: u32) -> Result<bool, GrantError>;
+
+    /// The grant tables there are.
+    fn tables(&self) -> Vec<TableInfo>;
 
     /// Opens a home for the pages of one generation of a file. It holds no frames yet.
     fn open_home(&self, spec: &HomeSpec) -> Result<HomeId, GrantError>;

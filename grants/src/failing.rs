@@ -5,7 +5,8 @@
 //! what is there is granted, read, or taken out.
 
 use crate::backend::{
-    Access, Backend, Capabilities, DomainEnd, GrantInfo, HomeSpec, LedgerAudit, Revocation,
+    Access, Backend, Capabilities, DomainEnd, FramesThere, GrantInfo, HomeSpec, LedgerAudit,
+    Revocation, TableInfo,
 };
 use crate::error::GrantError;
 use crate::ids::{DomId, FrameNo, Grant, HomeId, PAGE_SIZE, PAGE_SIZE_U64, PageIndex, TableId};
@@ -18,6 +19,8 @@ use std::sync::Arc;
 /// A call that can be made to fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Call {
+    /// [`Backend::make_frames`]
+    MakeFrames,
     /// [`Backend::open_home`]
     OpenHome,
     /// [`Backend::home_descriptor`]
@@ -186,6 +189,19 @@ impl Backend for FailingBackend {
 
     fn capabilities(&self) -> Capabilities {
         self.inner.capabilities()
+    }
+
+    fn make_frames(&self, frames: u32) -> Result<FramesThere, GrantError> {
+        self.watch.lock().says_fail(Call::MakeFrames)?;
+        self.inner.make_frames(frames)
+    }
+
+    fn end_bank(&self, bank: u32) -> Result<bool, GrantError> {
+        self.inner.end_bank(bank)
+    }
+
+    fn tables(&self) -> Vec<TableInfo> {
+        self.inner.tables()
     }
 
     fn open_home(&self, spec: &HomeSpec) -> Result<HomeId, GrantError> {

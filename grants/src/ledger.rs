@@ -98,6 +98,26 @@ impl Ledger {
         self.spans[span] = Span::of_free(start, end, &mut self.ages, |slot| !is_out(slot));
     }
 
+    /// Takes all free slots of a span out of use; gives `false`, and does nothing, when others than the
+    /// reserved ones are in use.
+    pub(crate) fn close_span(&mut self, span: usize, slots: u32) -> bool {
+        let Some(span) = self.spans.get_mut(span) else {
+            return false;
+        };
+        let whole = span.free() == slots;
+        // Run by run: taking one clears the links that kept it.
+        while whole && span.free() > 0 {
+            let run = span.top(&mut self.ages);
+            span.take(run.len() as u32);
+        }
+        whole
+    }
+
+    /// All slots from `start` to `end` of a closed span are free.
+    pub(crate) fn open_span(&mut self, span: usize, Range { start, end }: Range<Slot>) {
+        self.spans[span] = Span::new(start, end);
+    }
+
     /// A slot that was left out, or whose grant has ended, is free.
     #[inline]
     pub(crate) fn put_back(&mut self, span: usize, slot: Slot) {

@@ -21,7 +21,8 @@ pub mod volatile;
 pub mod xen;
 
 pub use backend::{
-    Access, Backend, Capabilities, DomainEnd, GrantInfo, HomeSpec, LedgerAudit, Revocation,
+    Access, Backend, Capabilities, DomainEnd, FramesThere, GrantInfo, HomeSpec, LedgerAudit,
+    Revocation, TableInfo,
 };
 pub use error::GrantError;
 pub use ids::{

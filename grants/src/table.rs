@@ -5,6 +5,7 @@
 //! that show a mapping (`xen`: the hypervisor; `local`: the daemon itself).
 
 mod audit;
+mod holes;
 mod left_over;
 mod rest;
 
@@ -33,9 +34,18 @@ pub trait Placement: Send + Sync {
 }
 
 struct Table<M> {
-    memory: M,
+    /// `None`: a hole, where a table may be put.
+    memory: Option<M>,
     /// The slot of entry 0.
     base: Slot,
+}
+
+impl<M: EntryMemory> Table<M> {
+    /// None of a hole.
+    #[inline]
+    fn entries(&self) -> &[Entry] {
+        self.memory.as_ref().map_or(&[], M::entries)
+    }
 }
 
 struct Inner<M> {
@@ -54,11 +64,11 @@ pub struct GrantTables<M, P> {
 
 impl<M: EntryMemory> Inner<M> {
     /// Slots for the entries of the next table.
-    fn add_span(&mut self, memory: &M) -> Result<(TableId, Slot), GrantError> {
+    fn add_span(&mut self, entries: usize) -> Result<(TableId, Slot), GrantError> {
         let full = |entries| GrantError::TableFull { entries };
         let have = u64::from(self.ledger.slots());
         let id = u16::try_from(self.tables.len()).map_err(|_| full(have))?;
-        let entries = u32::try_from(memory.entries().len()).map_err(|_| full(have))?;
+        let entries = u32::try_from(entries).map_err(|_| full(have))?;
         let base = self
             .ledger
             .add_span(entries, ENTRIES_RESERVED)
@@ -81,7 +91,7 @@ impl<M: EntryMemory> Inner<M> {
     #[inline]
     fn entry(&self, slot: Slot) -> &Entry {
         let (table, gref) = self.locate(slot);
-        &self.tables[table].memory.entries()[gref as usize]
+        &self.tables[table].entries()[gref as usize]
     }
 
     fn grant_of(&self, slot: Slot) -> Grant {
@@ -97,7 +107,7 @@ impl<M: EntryMemory> Inner<M> {
     #[inline]
     fn end(&mut self, slot: Slot, frame: FrameNo, free: impl FnOnce(&Entry) -> bool) -> bool {
         let (table, gref) = self.locate(slot);
-        let freed = free(&self.tables[table].memory.entries()[gref as usize]);
+        let freed = free(&self.tables[table].entries()[gref as usize]);
         if freed {
             self.ledger.remove(slot, frame);
             if self.rest.ms == 0 {
@@ -127,8 +137,11 @@ impl<M: EntryMemory, P: Placement> GrantTables<M, P> {
     /// Adds a table, all of whose entries but the reserved ones are free.
     pub fn add_table(&self, memory: M) -> Result<TableId, GrantError> {
         let inner = &mut *self.inner.lock();
-        let (id, base) = inner.add_span(&memory)?;
-        inner.tables.push(Table { memory, base });
+        let (id, base) = inner.add_span(memory.entries().len())?;
+        inner.tables.push(Table {
+            memory: Some(memory),
+            base,
+        });
         Ok(id)
     }
 
@@ -220,7 +233,7 @@ impl<M: EntryMemory, P: Placement> GrantTables<M, P> {
     ) -> Range<u32> {
         let table = &inner.tables[usize::from(id.0)];
         let grefs = slots.start - table.base..slots.end - table.base;
-        let entries = &table.memory.entries()[grefs.start as usize..grefs.end as usize];
+        let entries = &table.entries()[grefs.start as usize..grefs.end as usize];
         let dom = self.placement.domid(dom);
         for (entry, &frame) in entries.iter().zip(frames) {
             entry.publish(dom, access, self.placement.place(frame).1, mapped);
@@ -297,7 +310,7 @@ impl<M: EntryMemory, P: Placement> GrantTables<M, P> {
         }
         for (table, &wanted) in of_table.iter().enumerate() {
             if wanted > u64::from(inner.ledger.available(table)) {
-                let entries = inner.tables[table].memory.entries().len() as u64;
+                let entries = inner.tables[table].entries().len() as u64;
                 return Err(GrantError::TableFull { entries });
             }
         }

@@ -379,6 +379,48 @@ fn local_a_full_tmpfs_is_no_memory() {
 }
 
 #[test]
+fn local_frame_files_of_other_users_grow_with_the_budget() {
+    let config = LocalConfig {
+        class_size_max_bytes: Some(16 * PAGE),
+        store: FrameStore::PrivateMount,
+        ..LocalConfig::default()
+    };
+    let backend = match LocalBackend::new(config) {
+        Ok(backend) => backend,
+        Err(e) if !rustix::process::geteuid().is_root() => {
+            println!("skipped for lack of root: {e}");
+            return;
+        }
+        Err(e) => panic!("{e}"),
+    };
+    let home_of = |user| {
+        let spec = HomeSpec {
+            label: "f".into(),
+            bytes: 64 * PAGE,
+            class: TrustClass(user),
+        };
+        backend.open_home(&spec).unwrap()
+    };
+    let home = home_of(1000);
+    let store = |home, first: u32| {
+        let frames = frames(first..first + 10);
+        backend.store(home, PageIndex(first.into()), &frames, &[1; 10 * PAGE_SIZE])
+    };
+    store(home, 0).unwrap();
+    assert!(matches!(store(home, 10), Err(GrantError::NoMemory(_))));
+    let there = backend.make_frames(32).unwrap();
+    assert!(there.end == 32 && there.bank_frames > 32, "{there:?}");
+    store(home, 10).unwrap();
+    // A class that comes later, and a budget that was larger once.
+    backend.make_frames(8).unwrap();
+    let later = home_of(1001);
+    for first in [0, 10, 20] {
+        store(later, first).unwrap();
+    }
+    assert!(store(later, 30).is_err());
+}
+
+#[test]
 fn local_huge_units_lose_only_what_is_taken_out() {
     for backend in backends(true) {
         let home = open(&backend, 3 * 512 * PAGE);

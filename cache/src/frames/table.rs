@@ -1,5 +1,6 @@
 //! The table of frames.
 
+use super::banks::Banks;
 use super::{accounts::Accounts, ghost::Ghosts};
 use crate::config::GuestId;
 use crate::file::CachedFile;
@@ -9,14 +10,12 @@ use std::collections::HashMap;
 use std::sync::Weak;
 
 /// "No frame" in the queues, "no guest" for the charge.
-const NONE: u32 = u32::MAX;
+pub(super) const NONE: u32 = u32::MAX;
 
-/// What a frame is used for. The first four are queues.
+/// What a frame is used for. The first three are queues; `Free` is one in each bank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub(crate) enum FrameState {
-    /// Holds nothing.
-    Free,
     /// Resident, granted to nobody, seen once.
     Small,
     /// Resident, granted to nobody, seen more than once.
@@ -33,10 +32,14 @@ pub(crate) enum FrameState {
     Held,
     /// Of a retired home.
     Quarantined,
+    /// Holds nothing.
+    Free,
+    /// Holds nothing, and is not to be used: its bank is to go, or is gone.
+    Out,
 }
 
-const STATES: usize = 9;
-const QUEUES: usize = 4;
+const STATES: usize = 10;
+const QUEUES: usize = 3;
 
 /// 24 bytes a frame; with ghosts (4) and its place in an index (at most 28) below the 64 allowed.
 #[derive(Clone, Copy, Debug)]
@@ -54,17 +57,26 @@ struct Meta {
 
 const _: () = assert!(size_of::<Meta>() == 24);
 
+/// A queue's.
 #[derive(Clone, Copy, Debug)]
-struct Ends {
-    head: u32,
-    tail: u32,
+pub(super) struct Ends {
+    pub head: u32,
+    pub tail: u32,
+}
+
+impl Ends {
+    pub(super) const EMPTY: Self = Self {
+        head: NONE,
+        tail: NONE,
+    };
 }
 
 /// All frames, their queues, and the charges.
 #[derive(Debug)]
 pub(crate) struct FrameTable {
-    metas: Box<[Meta]>,
+    metas: Vec<Meta>,
     queues: [Ends; QUEUES],
+    pub(super) banks: Banks,
     counts: [u32; STATES],
     ghosts: Ghosts,
     budget: u32,
@@ -81,37 +93,50 @@ pub(crate) struct FrameTable {
 }
 
 impl FrameTable {
-    pub(crate) fn new(frames: u32) -> Self {
-        let meta = Meta {
-            slot: NONE,
-            page: 0,
-            prev: NONE,
-            next: NONE,
-            owner: NONE,
-            state: FrameState::Filling,
-            uses: 0,
-        };
-        let mut table = Self {
-            metas: vec![meta; frames as usize].into_boxed_slice(),
-            queues: [Ends {
-                head: NONE,
-                tail: NONE,
-            }; QUEUES],
+    /// No frames yet; `bank_frames` are in a bank.
+    pub(crate) fn new(bank_frames: u32) -> Self {
+        Self {
+            metas: Vec::new(),
+            queues: [Ends::EMPTY; QUEUES],
+            banks: Banks::new(bank_frames),
             counts: [0; STATES],
-            ghosts: Ghosts::new(frames),
-            budget: frames,
+            ghosts: Ghosts::new(0),
+            budget: 0,
             slots: Vec::new(),
             slots_free: Vec::new(),
             accounts: Accounts::default(),
             pin_pages: 0,
             pin_moves: 0,
             frame_moves: 0,
-        };
-        table.counts[FrameState::Filling as usize] = frames;
-        for n in 0..frames {
-            table.set_state(FrameNo(n), FrameState::Free);
         }
-        table
+    }
+
+    /// Room for frames below `end`; the new ones are not to be used yet.
+    pub(super) fn grow(&mut self, end: u32) {
+        let more = end.saturating_sub(self.capacity());
+        if more == 0 {
+            return;
+        }
+        let meta = Meta {
+            slot: NONE,
+            page: 0,
+            prev: NONE,
+            next: NONE,
+            owner: NONE,
+            state: FrameState::Out,
+            uses: 0,
+        };
+        self.metas.resize(end as usize, meta);
+        self.counts[FrameState::Out as usize] += more;
+        self.ghosts = Ghosts::new(end);
+    }
+
+    /// Forgets frames from `end` on, which are all out.
+    pub(super) fn cut(&mut self, end: u32) {
+        let fewer = self.capacity().saturating_sub(end);
+        self.metas.truncate(end as usize);
+        self.metas.shrink_to_fit();
+        self.counts[FrameState::Out as usize] -= fewer;
     }
 
     pub(crate) fn capacity(&self) -> u32 {
@@ -122,8 +147,8 @@ impl FrameTable {
         self.budget
     }
 
-    pub(crate) fn set_budget(&mut self, frames: u32) {
-        self.budget = frames.min(self.capacity());
+    pub(super) fn keep_to(&mut self, budget: u32) {
+        self.budget = budget;
     }
 
     pub(crate) fn count(&self, state: FrameState) -> u32 {
@@ -132,12 +157,13 @@ impl FrameTable {
 
     /// Frames that hold something or are about to.
     pub(crate) fn used(&self) -> u32 {
-        self.capacity() - self.count(FrameState::Free)
+        self.capacity() - self.count(FrameState::Free) - self.count(FrameState::Out)
     }
 
     /// Frames that may be taken.
     pub(crate) fn available(&self) -> u32 {
-        self.budget.saturating_sub(self.used())
+        let left = self.budget.saturating_sub(self.used());
+        left.min(self.count(FrameState::Free))
     }
 
     /// The part of the budget that is neither pinned nor in quarantine. What is given back ahead of
@@ -177,33 +203,49 @@ impl FrameTable {
         (meta.slot, meta.page)
     }
 
-    /// Moves a frame to a state; for a queue, to its end.
+    /// The queue of the frame's state.
+    fn queue(&mut self, n: u32) -> Option<&mut Ends> {
+        match self.metas[n as usize].state {
+            FrameState::Free => self.banks.of_mut(n).map(|bank| &mut bank.free),
+            state => self.queues.get_mut(state as usize),
+        }
+    }
+
+    /// Moves a frame to a state; for a queue, to its end. What holds nothing in a bank that is to go is
+    /// `Out`.
     pub(crate) fn set_state(&mut self, frame: FrameNo, state: FrameState) {
-        self.unlink(frame.0);
-        let old = self.metas[frame.0 as usize].state;
+        let n = frame.0;
+        self.unlink(n);
+        let old = self.metas[n as usize].state;
+        let state = match (state, self.banks.of_mut(n)) {
+            (FrameState::Free, Some(bank)) if !bank.is_open => FrameState::Out,
+            (state, _) => state,
+        };
+        if let Some(bank) = self.banks.of_mut(n) {
+            bank.count(old, state);
+        }
         self.counts[old as usize] -= 1;
         self.counts[state as usize] += 1;
-        let is_empty = |s| matches!(s, FrameState::Free | FrameState::Filling);
+        use FrameState::{Filling, Free, Out};
+        let is_empty = |s| matches!(s, Free | Filling | Out);
         self.frame_moves += u64::from(is_empty(old) != is_empty(state));
-        self.metas[frame.0 as usize].state = state;
-        let Some(ends) = self.queues.get_mut(state as usize) else {
+        self.metas[n as usize].state = state;
+        let Some(ends) = self.queue(n) else {
             return;
         };
         let tail = ends.tail;
-        ends.tail = frame.0;
+        ends.tail = n;
         if tail == NONE {
-            ends.head = frame.0;
+            ends.head = n;
         } else {
-            self.metas[tail as usize].next = frame.0;
+            self.metas[tail as usize].next = n;
         }
-        self.metas[frame.0 as usize].prev = tail;
+        self.metas[n as usize].prev = tail;
     }
 
     fn unlink(&mut self, n: u32) {
-        let Meta {
-            prev, next, state, ..
-        } = self.metas[n as usize];
-        let Some(ends) = self.queues.get_mut(state as usize) else {
+        let Meta { prev, next, .. } = self.metas[n as usize];
+        let Some(ends) = self.queue(n) else {
             return;
         };
         if prev == NONE {
@@ -220,18 +262,6 @@ impl FrameTable {
         }
         self.metas[n as usize].prev = NONE;
         self.metas[n as usize].next = NONE;
-    }
-
-    /// Takes up to `count` free frames of the budget.
-    pub(crate) fn take(&mut self, count: u32, out: &mut Vec<FrameNo>) {
-        for _ in 0..count.min(self.available()) {
-            let head = self.queues[FrameState::Free as usize].head;
-            if head == NONE {
-                return;
-            }
-            self.set_state(FrameNo(head), FrameState::Filling);
-            out.push(FrameNo(head));
-        }
     }
 
     /// A page came: `true` when it had been given back not long before.
@@ -397,7 +427,9 @@ impl FrameTable {
     }
 
     pub(crate) fn bytes(&self) -> u64 {
-        size_of_val(&*self.metas) as u64 + self.ghosts.bytes() + self.slots.capacity() as u64 * 16
+        self.metas.capacity() as u64 * size_of::<Meta>() as u64
+            + self.ghosts.bytes()
+            + self.slots.capacity() as u64 * 16
     }
 }
 
@@ -405,9 +437,16 @@ impl FrameTable {
 mod tests {
     use super::*;
 
+    fn of_one_bank(frames: u32) -> FrameTable {
+        let mut table = FrameTable::new(1000);
+        table.have(frames);
+        table.set_budget(frames);
+        table
+    }
+
     #[test]
     fn frames_go_round() {
-        let mut table = FrameTable::new(64);
+        let mut table = of_one_bank(64);
         assert_eq!(table.available(), 64);
         let mut frames = Vec::new();
         table.take(10, &mut frames);
@@ -438,7 +477,7 @@ mod tests {
 
     #[test]
     fn a_smaller_budget_gives_no_frames_until_used_is_below() {
-        let mut table = FrameTable::new(64);
+        let mut table = of_one_bank(64);
         let mut frames = Vec::new();
         table.take(40, &mut frames);
         table.set_budget(32);

@@ -1,16 +1,18 @@
 //! A backend that behaves as Xen's does, the test standing in for the hypervisor: guests map entries
 //! when they like, and bits go when the test says so, not when a guest does.
 
+#![allow(dead_code)]
 use copage_grants::entry::{Entry, EntryMemory, OwnEntries};
 use copage_grants::table::{GrantTables, Placement};
 use copage_grants::*;
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, RwLock};
 
-/// Frames in one table; the next ones are in the other.
+/// Frames in one bank, whose table they are in.
 pub const TABLE_FRAMES: u32 = 48;
+const TABLE_ENTRIES: u32 = 2048;
 
 #[derive(Clone)]
 struct Shared(Arc<OwnEntries>);
@@ -37,7 +39,12 @@ impl Placement for Spread {
 type Pages = BTreeMap<u64, FrameNo>;
 
 pub struct Hypervisor {
-    memory: Vec<Shared>,
+    /// A domain each, numbered from 90 on as they are made.
+    domains: RwLock<Vec<Shared>>,
+    /// By bank, the number of the domain.
+    banks: RwLock<Vec<Option<u16>>>,
+    /// So many domains can be made.
+    pub room: AtomicU64,
     tables: GrantTables<Shared, Spread>,
     frames: Mutex<HashMap<FrameNo, Vec<u8>>>,
     homes: Mutex<HashMap<HomeId, Pages>>,
@@ -45,7 +52,7 @@ pub struct Hypervisor {
 }
 
 impl Hypervisor {
-    /// `memory` is what an earlier life left.
+    /// `memory` is what an earlier life left: a bank each.
     pub fn over(memory: Vec<Arc<OwnEntries>>) -> Arc<Self> {
         let memory: Vec<Shared> = memory.into_iter().map(Shared).collect();
         let tables = GrantTables::new(Spread);
@@ -54,7 +61,9 @@ impl Hypervisor {
             tables.add_found_table(table.clone(), frame_of).unwrap();
         }
         Arc::new(Self {
-            memory,
+            banks: RwLock::new((0..memory.len() as u16).map(Some).collect()),
+            domains: RwLock::new(memory),
+            room: AtomicU64::new(100),
             tables,
             frames: Mutex::default(),
             homes: Mutex::default(),
@@ -63,32 +72,92 @@ impl Hypervisor {
     }
 
     pub fn new() -> Arc<Self> {
-        Self::over(
-            (0..3)
-                .map(|_| Arc::new(OwnEntries::new(2048).unwrap()))
-                .collect(),
-        )
+        Self::over(Vec::new())
     }
 
+    /// The entries of each bank.
     pub fn memory(&self) -> Vec<Arc<OwnEntries>> {
-        self.memory.iter().map(|m| Arc::clone(&m.0)).collect()
+        let domains = self.domains.read().unwrap();
+        let banks = self.banks.read().unwrap();
+        let there = banks.iter().map(|bank| bank.unwrap());
+        there
+            .map(|n| Arc::clone(&domains[usize::from(n)].0))
+            .collect()
     }
 
-    fn entry(&self, granter: DomId, gref: u32) -> &Entry {
-        &self.memory[usize::from(granter.0 - 90)].entries()[gref as usize]
+    /// Banks that are there.
+    pub fn there(&self) -> Vec<u32> {
+        let banks = self.banks.read().unwrap();
+        (0..)
+            .zip(&*banks)
+            .filter(|(_, b)| b.is_some())
+            .map(|(n, _)| n)
+            .collect()
+    }
+
+    fn make_bank(&self, bank: usize) -> Result<(), GrantError> {
+        let left = self
+            .room
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1));
+        if left.is_err() {
+            return Err(GrantError::CacheDomain {
+                name: format!("bank {bank}"),
+                why: "there is no memory".into(),
+            });
+        }
+        let table = Shared(Arc::new(OwnEntries::new(TABLE_ENTRIES).unwrap()));
+        while self.tables.count() <= bank {
+            self.tables.add_hole(TABLE_ENTRIES as usize).unwrap();
+        }
+        let mut domains = self.domains.write().unwrap();
+        self.tables
+            .put_table(TableId(bank as u16), table.clone())
+            .unwrap();
+        domains.push(table);
+        let mut banks = self.banks.write().unwrap();
+        if banks.len() <= bank {
+            banks.resize(bank + 1, None);
+        }
+        assert_eq!(banks[bank], None);
+        banks[bank] = Some(domains.len() as u16 - 1);
+        Ok(())
+    }
+
+    fn with_entry<T>(&self, granter: DomId, gref: u32, f: impl FnOnce(&Entry) -> T) -> T {
+        let domains = self.domains.read().unwrap();
+        f(&domains[usize::from(granter.0 - 90)].entries()[gref as usize])
+    }
+
+    fn bank_of(&self, frame: FrameNo) -> usize {
+        let bank = (frame.0 / TABLE_FRAMES) as usize;
+        assert!(
+            self.banks.read().unwrap()[bank].is_some(),
+            "{frame:?} is not there"
+        );
+        bank
     }
 
     /// A guest maps by what it was told; the page, if Xen lets it.
     pub fn map(&self, dom: DomId, granter: DomId, gref: u32) -> Option<Vec<u8>> {
-        let gfn = self
-            .entry(granter, gref)
-            .map(Spread.domid(dom), Access::ReadOnly)?;
-        let frame = FrameNo(u32::from(granter.0 - 90) * TABLE_FRAMES + gfn - 1000);
+        let number = granter.0 - 90;
+        let banks = self.banks.read().unwrap();
+        let bank = banks.iter().position(|bank| *bank == Some(number))? as u32;
+        let gfn = self.with_entry(granter, gref, |entry| {
+            entry.map(Spread.domid(dom), Access::ReadOnly)
+        })?;
+        let frame = FrameNo(bank * TABLE_FRAMES + gfn - 1000);
         Some(self.frames.lock().unwrap()[&frame].clone())
     }
 
+    /// What a guest sees that has the entry mapped.
+    pub fn seen(&self, dom: DomId, granter: DomId, gref: u32) -> Option<Vec<u8>> {
+        let state = self.with_entry(granter, gref, Entry::state);
+        assert!(state.is_mapped() && state.dom == Spread.domid(dom));
+        self.map(dom, granter, gref)
+    }
+
     pub fn unmap(&self, granter: DomId, gref: u32) {
-        self.entry(granter, gref).clear_mapped();
+        self.with_entry(granter, gref, Entry::clear_mapped);
     }
 }
 
@@ -113,6 +182,45 @@ impl Backend for Hypervisor {
             in_place_upgrade: false,
             descriptors: false,
         }
+    }
+
+    fn make_frames(&self, frames: u32) -> Result<FramesThere, GrantError> {
+        let mut made = Vec::new();
+        for bank in 0..frames.div_ceil(TABLE_FRAMES) {
+            if self.there().contains(&bank) {
+                continue;
+            }
+            if let Err(error) = self.make_bank(bank as usize) {
+                made.into_iter()
+                    .for_each(|bank| assert!(self.end_bank(bank).unwrap()));
+                return Err(error);
+            }
+            made.push(bank);
+        }
+        Ok(FramesThere {
+            bank_frames: TABLE_FRAMES,
+            end: self
+                .there()
+                .last()
+                .map_or(0, |last| (last + 1) * TABLE_FRAMES),
+        })
+    }
+
+    fn end_bank(&self, bank: u32) -> Result<bool, GrantError> {
+        let of_bank = |frame: &FrameNo| frame.0 / TABLE_FRAMES == bank;
+        let holds = self.frames.lock().unwrap().keys().any(of_bank);
+        assert!(!holds, "bank {bank} is ended and holds pages");
+        let banks = &mut *self.banks.write().unwrap();
+        let gone = self.tables.take_table(TableId(bank as u16)).is_some();
+        if gone {
+            banks[bank as usize] = None;
+            self.room.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(gone)
+    }
+
+    fn tables(&self) -> Vec<TableInfo> {
+        self.tables.infos()
     }
 
     fn open_home(&self, _spec: &HomeSpec) -> Result<HomeId, GrantError> {
@@ -154,6 +262,7 @@ impl Backend for Hypervisor {
         let mut left = Vec::new();
         self.tables.retry_left_over(&mut left);
         for (n, frame) in frames.iter().enumerate() {
+            self.bank_of(*frame);
             assert!(!left.contains(frame), "{frame:?} is mapped of old");
             let page = data[n * PAGE_SIZE..][..PAGE_SIZE].to_vec();
             let before = self.frames.lock().unwrap().insert(*frame, page);
@@ -203,7 +312,8 @@ impl Backend for Hypervisor {
     }
 
     fn granter(&self, table: TableId) -> Option<DomId> {
-        Some(DomId(90 + table.0))
+        let number = self.banks.read().unwrap()[usize::from(table.0)];
+        number.map(|number| DomId(90 + number))
     }
 
     fn in_one_table(&self, frames: &[FrameNo]) -> usize {

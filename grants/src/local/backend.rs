@@ -3,10 +3,12 @@
 use super::home::Home;
 use super::{FrameStore, LocalBackend};
 use crate::backend::{
-    Access, Backend, Capabilities, DomainEnd, GrantInfo, HomeSpec, LedgerAudit, Revocation,
+    Access, Backend, Capabilities, DomainEnd, FramesThere, GrantInfo, HomeSpec, LedgerAudit,
+    Revocation, TableInfo,
 };
 use crate::error::GrantError;
-use crate::ids::{DomId, FrameNo, Grant, HomeId, PAGE_SIZE, PageIndex, TableId};
+use crate::ids::{DomId, FrameNo, Grant, HomeId, PAGE_SIZE, PAGE_SIZE_U64, PageIndex, TableId};
+use crate::limits::FRAMES_MAX;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -36,6 +38,28 @@ impl Backend for LocalBackend {
             in_place_upgrade: false,
             descriptors: true,
         }
+    }
+
+    /// Frames are numbers here: what they take is taken as they are filled.
+    fn make_frames(&self, frames: u32) -> Result<FramesThere, GrantError> {
+        if frames > FRAMES_MAX {
+            return Err(GrantError::BadRange(format!(
+                "{frames} frames: at most {FRAMES_MAX} can be named"
+            )));
+        }
+        self.make_room(u64::from(frames) * PAGE_SIZE_U64)?;
+        Ok(FramesThere {
+            bank_frames: FRAMES_MAX,
+            end: frames,
+        })
+    }
+
+    fn end_bank(&self, _bank: u32) -> Result<bool, GrantError> {
+        Ok(false)
+    }
+
+    fn tables(&self) -> Vec<TableInfo> {
+        self.tables.infos()
     }
 
     fn open_home(&self, spec: &HomeSpec) -> Result<HomeId, GrantError> {

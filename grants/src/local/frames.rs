@@ -17,8 +17,8 @@ use crate::limits::HOME_LABEL_BYTES_MAX;
 use rustix::fs::{AtFlags, CWD, MemfdFlags, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount,
-    fsopen,
+    FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, fsconfig_create, fsconfig_reconfigure,
+    fsconfig_set_string, fsmount, fsopen, fspick,
 };
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
@@ -105,6 +105,18 @@ impl FrameFiles {
             writable,
             read_only,
         })
+    }
+
+    /// Changes how much its files may hold; of memfds there is no bound.
+    pub(super) fn set_size(&self, size_max_bytes: u64) -> Result<(), GrantError> {
+        let Self::Mount { writable, .. } = self else {
+            return Ok(());
+        };
+        let flags = FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_EMPTY_PATH;
+        let fs = fspick(writable, "", flags).map_err(sys("fspick(tmpfs)"))?;
+        fsconfig_set_string(fs.as_fd(), "size", size_max_bytes.to_string())
+            .map_err(sys("fsconfig(tmpfs size)"))?;
+        fsconfig_reconfigure(fs.as_fd()).map_err(sys("fsconfig(reconfigure)"))
     }
 
     fn memfd() -> Result<Self, GrantError> {

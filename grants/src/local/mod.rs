@@ -34,7 +34,7 @@ use crate::limits::{HUGE_PAGES, LOCAL_ENTRIES_DEFAULT};
 use crate::table::{GrantTables, Placement};
 use frames::FrameFiles;
 use home::Home;
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -95,6 +95,8 @@ pub struct LocalBackend {
     next_home: AtomicU64,
     tables: GrantTables<OwnEntries, OneTable>,
     foreign_pages: AtomicU64,
+    /// What the frame files of one class that is not the daemon's own may hold, now.
+    class_size_max_bytes: Mutex<Option<u64>>,
 }
 
 impl LocalBackend {
@@ -110,8 +112,11 @@ impl LocalBackend {
         let entries = u64::from(config.entries);
         tables
             .add_table(OwnEntries::new(config.entries).ok_or(GrantError::TableFull { entries })?)?;
+        let class_size_max_bytes =
+            Mutex::new(config.class_size_max_bytes.or(config.size_max_bytes));
         let backend = Self {
             config,
+            class_size_max_bytes,
             files: RwLock::new(HashMap::from([(TrustClass::OWN, Arc::clone(&own_files))])),
             own_files,
             homes: RwLock::new(HashMap::new()),
@@ -128,15 +133,33 @@ impl LocalBackend {
         if let Some(files) = self.files.read().get(&class) {
             return Ok(Arc::clone(files));
         }
+        // Held until it is in the map: it grows with the others.
+        let size_max_bytes = self.class_size_max_bytes.lock();
         let limit = match self.own_files.kind() {
             FrameStore::Memfd => None,
-            _ => self
-                .config
-                .class_size_max_bytes
-                .or(self.config.size_max_bytes),
+            _ => *size_max_bytes,
         };
         let fresh = Arc::new(FrameFiles::new(self.own_files.kind(), limit)?);
         Ok(Arc::clone(self.files.write().entry(class).or_insert(fresh)))
+    }
+
+    /// Lets the frame files of each class hold so much, if they may hold less. (Those of the daemon's own
+    /// are bounded by the budget alone.)
+    fn make_room(&self, bytes: u64) -> Result<(), GrantError> {
+        let mut size_max_bytes = self.class_size_max_bytes.lock();
+        let Some(now) = *size_max_bytes else {
+            return Ok(());
+        };
+        if self.config.class_size_max_bytes.is_none() || bytes <= now {
+            return Ok(());
+        }
+        for (class, files) in &*self.files.read() {
+            if *class != TrustClass::OWN {
+                files.set_size(bytes)?;
+            }
+        }
+        *size_max_bytes = Some(bytes);
+        Ok(())
     }
 
     /// Which kind of frame files were to be had: never [`FrameStore::Auto`].

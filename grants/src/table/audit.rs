@@ -58,9 +58,15 @@ impl<M: EntryMemory, P: Placement> GrantTables<M, P> {
     }
 
     fn audit_slot(&self, inner: &Inner<M>, slot: Slot, audit: &mut LedgerAudit) {
-        let state = inner.entry(slot).state();
         let held = inner.ledger.held(slot);
         let (table, gref) = inner.locate(slot);
+        let Some(entry) = inner.tables[table].entries().get(gref as usize) else {
+            // A hole.
+            let line =
+                held.map(|held| format!("the ledger has {held:?} in table {table}, which is gone"));
+            return audit_line(audit, line);
+        };
+        let state = entry.state();
         audit.entries += u64::from(!state.is_free() && gref >= ENTRIES_RESERVED);
         audit.grants += u64::from(held.is_some());
         if let Some(frame) = inner.left_over.get(&slot) {

@@ -20,7 +20,7 @@ impl<M: EntryMemory, P: Placement> GrantTables<M, P> {
         frame_of: impl Fn(u32) -> Option<FrameNo>,
     ) -> Result<TableId, GrantError> {
         let inner = &mut *self.inner.lock();
-        let (id, base) = inner.add_span(&memory)?;
+        let (id, base) = inner.add_span(memory.entries().len())?;
         let slots = base + ENTRIES_RESERVED..inner.ledger.slots();
         let table = usize::from(id.0);
         let mut left = BTreeMap::new();
@@ -42,7 +42,10 @@ impl<M: EntryMemory, P: Placement> GrantTables<M, P> {
             inner.ledger.leave_out(table, slots, is_out);
         }
         inner.left_over.append(&mut left);
-        inner.tables.push(Table { memory, base });
+        inner.tables.push(Table {
+            memory: Some(memory),
+            base,
+        });
         Ok(id)
     }
 
@@ -74,7 +77,7 @@ impl<M: EntryMemory, P: Placement> GrantTables<M, P> {
         let inner = &*self.inner.lock();
         let tables = (0..).map(TableId).zip(&inner.tables);
         let in_use = tables.filter(|(_, table)| {
-            let entries = table.memory.entries().iter();
+            let entries = table.entries().iter();
             let freed = entries.skip(ENTRIES_RESERVED as usize).map(|e| e.revoke());
             // All of them, also behind one that is in use.
             freed.fold(false, |any, freed| any | !freed)

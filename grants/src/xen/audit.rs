@@ -2,6 +2,7 @@
 //! xenstore.
 
 use super::XenBackend;
+use super::frames::Domains;
 use super::records::Found;
 use crate::backend::LedgerAudit;
 use crate::ids::FrameNo;
@@ -11,28 +12,27 @@ impl XenBackend {
     /// Every frame's record against the home that it names, and every page of every home against its
     /// frame's record.
     pub(super) fn audit_records(&self, audit: &mut LedgerAudit) {
-        let left = self.retry_left();
-        for frame in (0..self.frames_max).map(FrameNo) {
-            // An entry of an earlier daemon is in use: its record is that daemon's.
-            if left.binary_search(&frame).is_err() {
-                differs(audit, self.audit_record(frame));
+        let domains = &*self.domains.read();
+        let left = self.retry_left(domains);
+        for domain in domains.there() {
+            for frame in domain.frames() {
+                // An entry of an earlier daemon is in use: its record is that daemon's.
+                if left.binary_search(&frame).is_err() {
+                    differs(audit, self.audit_record(domains, frame));
+                }
             }
         }
         let homes: Vec<_> = self.homes.read().values().cloned().collect();
         for home in homes {
             for (&page, &frame) in &*home.pages.lock() {
                 let wanted = |within| Found::Record(self.record(home.id, page, within));
-                if self
-                    .found(frame)
-                    .is_none_or(|(found, within)| found != wanted(within))
-                {
+                let found = found(domains, frame);
+                if found.is_none_or(|(found, within)| found != wanted(within)) {
                     differs(
                         audit,
                         Some(format!(
                             "page {page} of {:?} is in frame {}, whose record says {:?}",
-                            home.id,
-                            frame.0,
-                            self.found(frame)
+                            home.id, frame.0, found
                         )),
                     );
                 }
@@ -40,17 +40,12 @@ impl XenBackend {
         }
     }
 
-    fn found(&self, frame: FrameNo) -> Option<(Found, u32)> {
-        let (domain, within) = self.domain_of(frame).ok()?;
-        Some((domain.records().ok()?.get(within), within))
-    }
-
-    fn audit_record(&self, frame: FrameNo) -> Option<String> {
-        let (found, _) = self.found(frame)?;
-        let record = match found {
+    fn audit_record(&self, domains: &Domains, frame: FrameNo) -> Option<String> {
+        let (found_now, _) = found(domains, frame)?;
+        let record = match found_now {
             Found::Nothing => return None,
             // Perhaps half of it was written when we looked: its home tells.
-            Found::Torn | Found::Record(_) => found,
+            Found::Torn | Found::Record(_) => found_now,
         };
         let homes: Vec<_> = match record {
             Found::Record(record) => self
@@ -65,7 +60,7 @@ impl XenBackend {
         for home in homes {
             let pages = home.pages.lock();
             // With the home's lock: it says the same now, or it was cleared meanwhile.
-            match self.found(frame)?.0 {
+            match found(domains, frame)?.0 {
                 Found::Nothing => return None,
                 Found::Record(record)
                     if (record.home, record.life) == (home.id, self.life)
@@ -76,7 +71,7 @@ impl XenBackend {
                 _ => {}
             }
         }
-        match self.found(frame)?.0 {
+        match found(domains, frame)?.0 {
             Found::Nothing => None,
             found => Some(format!(
                 "frame {} says {found:?}, no home has it there",
@@ -87,20 +82,32 @@ impl XenBackend {
 
     /// The domains are there and called as they were.
     pub(super) fn audit_domains(&self, audit: &mut LedgerAudit) {
+        let ours = || -> Vec<(u32, u16)> {
+            let domains = self.domains.read();
+            domains.there().map(|d| (d.number, d.domid)).collect()
+        };
+        let before = ours();
         let found = self.toolstack.find();
-        for domain in &self.domains {
+        let after = ours();
+        // Not one that was made or ended meanwhile.
+        for (number, domid) in before.into_iter().filter(|domain| after.contains(domain)) {
             let line = match &found {
-                Ok(found) if found.get(&domain.number) == Some(&domain.domid) => None,
+                Ok(found) if found.get(&number) == Some(&domid) => None,
                 Ok(_) => Some(format!(
-                    "cache domain {} (domain {}) is gone: restart the daemon",
-                    self.toolstack.name(domain.number),
-                    domain.domid
+                    "cache domain {} (domain {domid}) is gone: restart the daemon",
+                    self.toolstack.name(number),
                 )),
                 Err(error) => Some(format!("cache domains cannot be looked up: {error}")),
             };
             differs(audit, line);
         }
     }
+}
+
+/// What a frame's record says, and the frame's number in its domain.
+fn found(domains: &Domains, frame: FrameNo) -> Option<(Found, u32)> {
+    let (domain, within) = domains.of(frame).ok()?;
+    Some((domain.records().ok()?.get(within), within))
 }
 
 fn differs(audit: &mut LedgerAudit, line: Option<String>) {

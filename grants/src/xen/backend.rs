@@ -1,11 +1,12 @@
 //! The Xen backend as the trait has it.
 
 use super::XenBackend;
-use super::frames::{CacheDomain, Spread};
+use super::frames::{Domains, Spread};
 use super::home::{Home, check_placed};
 use super::records::{Found, Record};
 use crate::backend::{
-    Access, Backend, Capabilities, DomainEnd, GrantInfo, HomeSpec, LedgerAudit, Revocation,
+    Access, Backend, Capabilities, DomainEnd, FramesThere, GrantInfo, HomeSpec, LedgerAudit,
+    Revocation, TableInfo,
 };
 use crate::error::GrantError;
 use crate::ids::{DomId, FrameNo, Grant, HomeId, PAGE_SIZE, PageIndex, TableId};
@@ -39,25 +40,12 @@ impl XenBackend {
             .ok_or(GrantError::NoSuchHome(home))
     }
 
-    /// The cache domain of a frame and the frame's number there.
-    pub(super) fn domain_of(&self, frame: FrameNo) -> Result<(&CacheDomain, u32), GrantError> {
-        let (number, within) = Spread::locate(self.layout, frame);
-        let domain = self.domains.get(number as usize);
-        domain
-            .filter(|_| frame.0 < self.frames_max)
-            .map(|domain| (domain, within))
-            .ok_or_else(|| {
-                let frames_max = self.frames_max;
-                GrantError::BadRange(format!("frame {} is not below {frames_max}", frame.0))
-            })
-    }
-
     /// Nobody may have any of the frames mapped, and none holds a page.
-    fn check_empty(&self, frames: &[FrameNo]) -> Result<(), GrantError> {
+    fn check_empty(&self, domains: &Domains, frames: &[FrameNo]) -> Result<(), GrantError> {
         if let Some(frame) = self.tables.first_granted(frames) {
             return Err(GrantError::StillGranted(frame));
         }
-        let left = self.retry_left();
+        let left = self.retry_left(domains);
         if let Some(&frame) = frames
             .iter()
             .find(|frame| left.binary_search(frame).is_ok())
@@ -65,7 +53,7 @@ impl XenBackend {
             return Err(GrantError::StillGranted(frame));
         }
         for &frame in frames {
-            let (domain, within) = self.domain_of(frame)?;
+            let (domain, within) = domains.of(frame)?;
             let found = domain.records()?.get(within);
             if found != Found::Nothing {
                 return Err(GrantError::BadRange(format!(
@@ -101,6 +89,29 @@ impl Backend for XenBackend {
             in_place_upgrade: false,
             descriptors: false,
         }
+    }
+
+    fn make_frames(&self, frames: u32) -> Result<FramesThere, GrantError> {
+        self.make_domains(frames)?;
+        Ok(FramesThere {
+            bank_frames: self.layout.frames,
+            end: self.domains.read().end(),
+        })
+    }
+
+    fn end_bank(&self, bank: u32) -> Result<bool, GrantError> {
+        self.end_domain(bank)
+    }
+
+    fn tables(&self) -> Vec<TableInfo> {
+        let mut infos = self.tables.infos();
+        let domains = self.domains.read();
+        for info in &mut infos {
+            info.granter = domains
+                .get(info.table.0.into())
+                .map(|domain| DomId(domain.domid));
+        }
+        infos
     }
 
     fn open_home(&self, spec: &HomeSpec) -> Result<HomeId, GrantError> {
@@ -145,14 +156,15 @@ impl Backend for XenBackend {
         check_length("data", data.len(), frames.len() * PAGE_SIZE)?;
         let home = self.home(home)?;
         home.check(first, frames.len())?;
-        self.check_empty(frames)?;
+        let domains = self.domains.read();
+        self.check_empty(&domains, frames)?;
         for (&frame, page) in frames.iter().zip(data.chunks_exact(PAGE_SIZE)) {
-            let (domain, within) = self.domain_of(frame)?;
+            let (domain, within) = domains.of(frame)?;
             domain.frame(within)?.write_from(0, page);
         }
         let mut pages = home.pages.lock();
         for (page, &frame) in (first.0..).zip(frames) {
-            let (domain, within) = self.domain_of(frame)?;
+            let (domain, within) = domains.of(frame)?;
             let record = self.record(home.id, page, within);
             domain.records()?.put(record);
             pages.insert(page, frame);
@@ -169,8 +181,9 @@ impl Backend for XenBackend {
     ) -> Result<(), GrantError> {
         check_length("a buffer", buf.len(), PAGE_SIZE)?;
         let home = self.home(home)?;
+        let domains = self.domains.read();
         check_placed(&home.pages.lock(), page, &[frame])?;
-        let (domain, within) = self.domain_of(frame)?;
+        let (domain, within) = domains.of(frame)?;
         domain.frame(within)?.read_only().read_into(0, buf);
         Ok(())
     }
@@ -185,10 +198,11 @@ impl Backend for XenBackend {
             return Err(GrantError::StillGranted(frame));
         }
         let home = self.home(home)?;
+        let domains = self.domains.read();
         let mut pages = home.pages.lock();
         check_placed(&pages, first, frames)?;
         for (page, &frame) in (first.0..).zip(frames) {
-            let (domain, within) = self.domain_of(frame)?;
+            let (domain, within) = domains.of(frame)?;
             domain.records()?.clear(within);
             pages.remove(&page);
         }
@@ -212,8 +226,8 @@ impl Backend for XenBackend {
     }
 
     fn granter(&self, table: TableId) -> Option<DomId> {
-        let domain = self.domains.get(usize::from(table.0))?;
-        Some(DomId(domain.domid))
+        let domains = self.domains.read();
+        Some(DomId(domains.get(table.0.into())?.domid))
     }
 
     fn in_one_table(&self, frames: &[FrameNo]) -> usize {
@@ -284,11 +298,11 @@ impl Backend for XenBackend {
     }
 
     fn unusable_frames(&self, out: &mut Vec<FrameNo>) {
-        out.extend(self.retry_left());
+        out.extend(self.retry_left(&self.domains.read()));
     }
 
     fn stop(&self) -> Result<(), GrantError> {
-        self.end_domains()
+        self.end_all()
     }
 
     fn each_grant(&self, visit: &mut dyn FnMut(GrantInfo)) {
@@ -304,10 +318,11 @@ impl Backend for XenBackend {
 
     fn present_pages(&self, home: HomeId) -> Result<Vec<(PageIndex, u64)>, GrantError> {
         let home = self.home(home)?;
+        let domains = self.domains.read();
         let pages = home.pages.lock();
         let mut runs: Vec<(PageIndex, u64)> = Vec::new();
         for (&page, &frame) in &*pages {
-            let (domain, within) = self.domain_of(frame)?;
+            let (domain, within) = domains.of(frame)?;
             let record = self.record(home.id, page, within);
             if domain.records()?.get(within) != Found::Record(record) {
                 continue;

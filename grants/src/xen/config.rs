@@ -93,20 +93,31 @@ impl Layout {
             record_pages,
             frames,
         };
-        let domains = layout.domains(config.frames_max);
-        if grant_frames == 0 || config.frames_max > FRAMES_MAX || domains > CACHE_DOMAINS_MAX {
+        if grant_frames == 0 {
             return Err(GrantError::BadRange(format!(
-                "{} frames in {domains} cache domains of {mib} MiB with {grant_frames} frames of \
-                 grant table: at most {CACHE_DOMAINS_MAX} domains are made",
-                config.frames_max
+                "a cache domain of {mib} MiB needs a grant table"
             )));
         }
+        layout.domains(config.frames_max)?;
         Ok(layout)
     }
 
     /// Domains that hold `frames_max` frames.
-    pub(super) fn domains(self, frames_max: u32) -> u32 {
-        frames_max.div_ceil(self.frames)
+    pub(super) fn domains(self, frames_max: u32) -> Result<u32, GrantError> {
+        let domains = frames_max.div_ceil(self.frames);
+        if frames_max > FRAMES_MAX || domains > CACHE_DOMAINS_MAX {
+            return Err(GrantError::BadRange(format!(
+                "{frames_max} frames would be {domains} cache domains of {} MiB: at most \
+                 {CACHE_DOMAINS_MAX} are made (larger ones hold more: cache_domain_mib)",
+                self.mib
+            )));
+        }
+        Ok(domains)
+    }
+
+    /// Entries of a domain's grant table.
+    pub(super) fn entries(self) -> usize {
+        self.grant_frames as usize * (PAGE_SIZE / size_of::<crate::entry::Entry>())
     }
 
     /// All pages that are used, in the order in which they are mapped.
@@ -170,8 +181,8 @@ mod tests {
             assert_eq!(layout.frame_of(layout.gfn(last)), Some(last));
             assert_eq!(layout.frame_of(layout.gfn(last) + 1), None);
             assert_eq!(layout.frame_of(layout.gfn(0) - 1), None);
-            assert_eq!(layout.domains(layout.frames), 1);
-            assert_eq!(layout.domains(layout.frames + 1), 2);
+            assert_eq!(layout.domains(layout.frames).unwrap(), 1);
+            assert_eq!(layout.domains(layout.frames + 1).unwrap(), 2);
         }
     }
 

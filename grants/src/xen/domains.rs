@@ -1,34 +1,34 @@
-//! The set of cache domains: found again or made at the start, ended at the stop.
+//! Cache domains: found again at the start; how one is opened or made.
 
+use super::XenBackend;
 use super::config::{Layout, XenConfig};
-use super::frames::{Bindings, CacheDomain, Spread};
+use super::frames::{Bindings, CacheDomain, Domains, Spread};
 use super::lib::{ForeignMemory, GrantTableMap};
 use super::records::Found;
 use super::toolstack::Toolstack;
-use super::{XenBackend, XenError};
 use crate::entry::EntryMemory;
 use crate::error::GrantError;
 use crate::ids::FrameNo;
-use crate::limits::ENTRIES_RESERVED;
+use crate::limits::{CACHE_DOMAINS_MAX, ENTRIES_RESERVED};
 use crate::table::GrantTables;
 use parking_lot::{Mutex, RwLock};
 use rustix::fs::FlockOperation;
 use std::collections::HashMap;
 use std::fs::File;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// A cache domain and its table, as opened.
-type Opened = (CacheDomain, GrantTableMap);
+pub(super) type Opened = (CacheDomain, GrantTableMap);
 
 impl XenBackend {
     /// Finds the cache domains that an earlier life of the daemon left, or makes them: as many as hold
-    /// `frames_max` frames. Takes seconds for each that is made. Domains beyond these are ended, if
-    /// nobody maps anything of them.
+    /// `frames_max` frames. Takes seconds for each that is made. Domains beyond these are ended, unless
+    /// somebody maps something of them: those are kept until they can be ([`crate::Backend::end_bank`]).
     ///
     /// # Errors
-    /// [`XenError::Missing`] where there is no Xen. [`GrantError::CacheDomain`] when the toolstack
+    /// [`crate::XenError::Missing`] where there is no Xen. [`GrantError::CacheDomain`] when the toolstack
     /// refuses (no memory, a limit: the text says which), or when domains that are laid out otherwise
     /// are in use.
     pub fn new(config: XenConfig) -> Result<Self, GrantError> {
@@ -36,74 +36,84 @@ impl XenBackend {
         let xen = ForeignMemory::open()?;
         let toolstack = Toolstack::new(&config)?;
         let lock = lock_run_dir(&config)?;
-        let is_allowed = toolstack.allow_grant_frames(layout.grant_frames)?;
-        let mut found = toolstack.find()?;
+        toolstack.wait_for_earlier()?;
+        let tables_allowed = toolstack.allow_grant_frames(layout.grant_frames)?;
         let bindings = Arc::new(Bindings::new());
         let tables = GrantTables::new(Spread {
             layout,
             bindings: Arc::clone(&bindings),
         })
         .resting_ms(config.gref_rest_ms);
-        let mut domains = Vec::new();
-        let mut made = Vec::new();
-        for number in 0..layout.domains(config.frames_max) {
-            let opener = Opener {
-                xen: &xen,
-                toolstack: &toolstack,
-                layout,
-                number,
-            };
-            let opened = opener.open(found.remove(&number));
-            if opened.is_err() {
-                // Nobody has heard of the new ones, and the host may need their memory.
-                for &(number, domid) in &made {
-                    toolstack.destroy(number, domid)?;
-                }
-            }
-            let (domain, table, is_new) = opened.map_err(|error| match error {
-                GrantError::CacheDomain { name, why } if !is_allowed => GrantError::CacheDomain {
-                    name,
-                    why: format!(
-                        "{why} (if it is for the grant table: add gnttab_max_frames={} to Xen's \
-                         command line)",
-                        layout.grant_frames
-                    ),
-                },
-                error => error,
-            })?;
-            if is_new {
-                made.push((number, domain.domid));
-                tables.add_table(table)?;
-            } else {
-                let first = number * layout.frames;
-                let frame_of = |gfn| layout.frame_of(gfn).map(|n| FrameNo(first + n));
-                // Entries that are not in use end here, those of domains that died among them.
-                tables.add_found_table(table, frame_of)?;
-            }
-            domains.push(domain);
-        }
         let backend = Self {
-            frames_max: config.frames_max,
             layout,
             bindings,
-            domains,
+            domains: RwLock::new(Domains::new(layout)),
             tables,
             homes: RwLock::new(HashMap::new()),
             next_home: AtomicU64::new(1),
             life: life_now(),
             left: Mutex::default(),
+            xen,
             toolstack,
-            surplus: found.into_iter().collect(),
+            tables_allowed,
+            resize: Mutex::default(),
+            is_stopping: AtomicBool::new(false),
             _lock: lock,
         };
-        backend.end_surplus(&xen)?;
+        let wanted = layout.domains(config.frames_max)?;
+        backend.find_domains(wanted)?;
+        // Nobody has heard of those that are made here, should one of them fail.
+        backend.make_domains(config.frames_max)?;
         backend.clear_records()?;
         Ok(backend)
     }
 
+    /// Takes up the domains of an earlier life: those below `wanted`, and of the others those in use.
+    fn find_domains(&self, wanted: u32) -> Result<(), GrantError> {
+        let mut domains = self.domains.write();
+        let found = self.toolstack.find()?;
+        let (ours, strange): (Vec<_>, Vec<_>) =
+            found.into_iter().partition(|(n, _)| *n < CACHE_DOMAINS_MAX);
+        for (number, domid) in strange {
+            tracing::warn!(
+                domid,
+                number,
+                "a domain is called as a cache domain that cannot be"
+            );
+        }
+        let mut next = 0;
+        for (number, domid) in ours {
+            let opener = self.opener(number);
+            let Some((domain, table)) = opener.find(domid, number < wanted)? else {
+                continue;
+            };
+            while next < number {
+                self.tables.add_hole(self.layout.entries())?;
+                next += 1;
+            }
+            let first = number * self.layout.frames;
+            let frame_of = |gfn| self.layout.frame_of(gfn).map(|n| FrameNo(first + n));
+            // Entries that are not in use end here, those of domains that died among them.
+            self.tables.add_found_table(table, frame_of)?;
+            domains.put(domain);
+            next = number + 1;
+        }
+        Ok(())
+    }
+
+    pub(super) fn opener(&self, number: u32) -> Opener<'_> {
+        Opener {
+            xen: &self.xen,
+            toolstack: &self.toolstack,
+            layout: self.layout,
+            tables_allowed: self.tables_allowed,
+            number,
+        }
+    }
+
     /// Frees entries of an earlier life that are not in use any more, and says in their frames' records
     /// that these hold nothing; gives the frames of the others, in order.
-    pub(super) fn retry_left(&self) -> Vec<FrameNo> {
+    pub(super) fn retry_left(&self, domains: &Domains) -> Vec<FrameNo> {
         let mut left = self.left.lock();
         if left.is_empty() {
             return Vec::new();
@@ -112,9 +122,9 @@ impl XenBackend {
         self.tables.retry_left_over(&mut still);
         // With the lock: nobody stores into them before this is done.
         for frame in left.iter().filter(|f| still.binary_search(f).is_err()) {
-            let (number, within) = Spread::locate(self.layout, *frame);
-            let domain = self.domains.get(number as usize);
-            if let Some(Ok(records)) = domain.map(CacheDomain::records) {
+            if let Ok((domain, within)) = domains.of(*frame)
+                && let Ok(records) = domain.records()
+            {
                 records.clear(within);
             }
         }
@@ -127,11 +137,9 @@ impl XenBackend {
         let mut left = Vec::new();
         self.tables.retry_left_over(&mut left);
         self.left.lock().clone_from(&left);
-        for frame in (0..self.layout.frames * self.domains.len() as u32).map(FrameNo) {
-            let (number, within) = Spread::locate(self.layout, frame);
-            let Some(domain) = self.domains.get(number as usize) else {
-                continue;
-            };
+        let domains = self.domains.read();
+        for frame in domains.there().flat_map(CacheDomain::frames) {
+            let (domain, within) = domains.of(frame)?;
             let records = domain.records()?;
             match (records.get(within), left.binary_search(&frame)) {
                 (Found::Nothing, Err(_)) => {}
@@ -150,93 +158,92 @@ impl XenBackend {
         }
         Ok(())
     }
-
-    /// Ends domains that an earlier, larger budget needed.
-    fn end_surplus(&self, xen: &ForeignMemory) -> Result<(), GrantError> {
-        for &(number, domid) in &self.surplus {
-            let name = self.toolstack.name(number);
-            if is_in_use(&whole_table(xen, domid)?) {
-                tracing::warn!(name, "a cache domain beyond the budget is in use and stays");
-            } else {
-                self.toolstack.destroy(number, domid)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Frees all entries and ends the domains of which none is in use.
-    pub(super) fn end_domains(&self) -> Result<(), GrantError> {
-        let in_use = self.tables.abandon();
-        let mut stay = Vec::new();
-        for (number, domain) in self.domains.iter().enumerate() {
-            if in_use.iter().any(|table| usize::from(table.0) == number) {
-                stay.push(self.toolstack.name(domain.number));
-            } else {
-                self.toolstack.destroy(domain.number, domain.domid)?;
-            }
-        }
-        if stay.is_empty() {
-            return Ok(());
-        }
-        Err(GrantError::CacheDomain {
-            name: stay.join(", "),
-            why: "guests map pages of it: it stays, and the next start finds it".to_owned(),
-        })
-    }
 }
 
-struct Opener<'a> {
+/// What it takes to have the cache domain with a number.
+pub(super) struct Opener<'a> {
     xen: &'a ForeignMemory,
     toolstack: &'a Toolstack,
     layout: Layout,
+    tables_allowed: bool,
     number: u32,
 }
 
 impl Opener<'_> {
-    /// The domain, its table, and whether it is new.
-    fn open(&self, found: Option<u16>) -> Result<(CacheDomain, GrantTableMap, bool), GrantError> {
-        let new = |(domain, table)| (domain, table, true);
-        let Some(domid) = found else {
-            return self.make().map(new);
-        };
+    /// A domain that an earlier life left, if it can be used, and with `is_wanted` or in use at that. One
+    /// that is not in use is ended else.
+    fn find(&self, domid: u16, is_wanted: bool) -> Result<Option<Opened>, GrantError> {
         let found = self.map(domid);
-        let as_wanted = |(domain, table): &Opened| {
+        if let Ok((domain, table)) = &found {
             let header = self.layout.header(self.number);
-            let wanted = domain.whole().is_ok_and(|memory| header.is_in(memory));
+            let memory = domain.whole()?;
             // One that was being made when the daemon was killed has no header yet.
-            wanted || !is_in_use(table)
-        };
-        match found {
-            Ok(opened) if as_wanted(&opened) => {
-                self.layout.header(self.number).write(opened.0.whole()?);
-                Ok((opened.0, opened.1, false))
+            let is_usable = header.is_in(memory) || !is_in_use(table);
+            if is_usable && (is_wanted || is_in_use(table)) {
+                header.write(memory);
+                return found.map(Some);
             }
-            _ if !is_in_use(&whole_table(self.xen, domid)?) => {
-                self.toolstack.destroy(self.number, domid)?;
-                self.make().map(new)
-            }
-            found => Err(GrantError::CacheDomain {
-                name: self.toolstack.name(self.number),
-                why: match found {
-                    Err(error) => format!("it is in use and cannot be used by us: {error}"),
-                    Ok(_) => {
-                        "it is in use, and was made with other sizes or by somebody else: start \
-                              with the settings of before, or have its guests let go"
-                            .to_owned()
-                    }
-                },
-            }),
         }
+        if self.end_unused(domid)? {
+            return Ok(None);
+        }
+        let name = self.toolstack.name(self.number);
+        let why = match found {
+            Err(error) => format!("it is in use and cannot be used by us: {error}"),
+            Ok(_) => "it is in use, and was made with other sizes or by somebody else: start \
+                      with the settings of before, or have its guests let go"
+                .to_owned(),
+        };
+        if is_wanted {
+            return Err(GrantError::CacheDomain { name, why });
+        }
+        tracing::warn!(name, why, "a cache domain beyond the budget stays");
+        Ok(None)
     }
 
-    fn make(&self) -> Result<Opened, GrantError> {
+    /// Ends a domain of whose entries none is in use; `false`: it stays.
+    pub(super) fn end_unused(&self, domid: u16) -> Result<bool, GrantError> {
+        let table = self.xen.grant_table_frames(domid);
+        let table = table.and_then(|frames| self.xen.grant_table(domid, frames))?;
+        if is_in_use(&table) {
+            return Ok(false);
+        }
+        self.toolstack.destroy(self.number, domid)?;
+        Ok(true)
+    }
+
+    /// A new domain.
+    pub(super) fn make(&self) -> Result<Opened, GrantError> {
         let Layout {
             mib, grant_frames, ..
         } = self.layout;
-        let domid = self.toolstack.create(self.number, mib, grant_frames)?;
-        let (domain, table) = self.map(domid)?;
-        self.layout.header(self.number).write(domain.whole()?);
-        Ok((domain, table))
+        let made = self.toolstack.create(self.number, mib, grant_frames);
+        let domid = made.map_err(|error| self.explained(error))?;
+        let opened = self.map(domid).and_then(|(domain, table)| {
+            self.layout.header(self.number).write(domain.whole()?);
+            Ok((domain, table))
+        });
+        if opened.is_err() {
+            // The error is told; that it cannot be ended either would add nothing.
+            let _ = self.toolstack.destroy(self.number, domid);
+        }
+        opened
+    }
+
+    fn explained(&self, error: GrantError) -> GrantError {
+        match error {
+            GrantError::CacheDomain { name, why } if !self.tables_allowed => {
+                GrantError::CacheDomain {
+                    name,
+                    why: format!(
+                        "{why} (if it is for the grant table: add gnttab_max_frames={} to Xen's \
+                         command line)",
+                        self.layout.grant_frames
+                    ),
+                }
+            }
+            error => error,
+        }
     }
 
     /// Maps memory and table; an error when either is not as large as it should be.
@@ -262,10 +269,6 @@ impl Opener<'_> {
         };
         Ok((domain, table))
     }
-}
-
-fn whole_table(xen: &ForeignMemory, domid: u16) -> Result<GrantTableMap, XenError> {
-    xen.grant_table(domid, xen.grant_table_frames(domid)?)
 }
 
 /// Does the hypervisor show any of our entries mapped?

@@ -76,6 +76,57 @@ impl Placement for Spread {
     }
 }
 
+/// The cache domains there are, by number, which is that of the domain's table.
+pub(super) struct Domains {
+    layout: Layout,
+    all: Vec<Option<CacheDomain>>,
+}
+
+impl Domains {
+    pub(super) fn new(layout: Layout) -> Self {
+        Self {
+            layout,
+            all: Vec::new(),
+        }
+    }
+
+    /// The cache domain of a frame and the frame's number there.
+    #[inline]
+    pub(super) fn of(&self, frame: FrameNo) -> Result<(&CacheDomain, u32), GrantError> {
+        let (number, within) = Spread::locate(self.layout, frame);
+        self.get(number)
+            .map(|domain| (domain, within))
+            .ok_or_else(|| GrantError::BadRange(format!("frame {} is in no domain", frame.0)))
+    }
+
+    pub(super) fn get(&self, number: u32) -> Option<&CacheDomain> {
+        self.all.get(number as usize)?.as_ref()
+    }
+
+    /// All, from the lowest number up.
+    pub(super) fn there(&self) -> impl DoubleEndedIterator<Item = &CacheDomain> {
+        self.all.iter().flatten()
+    }
+
+    /// Frames are below this.
+    pub(super) fn end(&self) -> u32 {
+        let last = self.there().next_back();
+        last.map_or(0, |domain| (domain.number + 1) * self.layout.frames)
+    }
+
+    pub(super) fn put(&mut self, domain: CacheDomain) {
+        let number = domain.number as usize;
+        while self.all.len() <= number {
+            self.all.push(None);
+        }
+        self.all[number] = Some(domain);
+    }
+
+    pub(super) fn take(&mut self, number: u32) -> Option<CacheDomain> {
+        self.all.get_mut(number as usize)?.take()
+    }
+}
+
 /// One cache domain, mapped.
 pub(super) struct CacheDomain {
     pub number: u32,
@@ -90,6 +141,12 @@ impl CacheDomain {
             .bytes_mut()
             .and_then(|memory| memory.range(range))
             .ok_or_else(|| GrantError::BadRange("past the end of a cache domain".to_owned()))
+    }
+
+    /// The frames in it.
+    pub(super) fn frames(&self) -> impl Iterator<Item = FrameNo> + use<> {
+        let first = self.number * self.layout.frames;
+        (first..first + self.layout.frames).map(FrameNo)
     }
 
     /// All that is mapped, from the header on.

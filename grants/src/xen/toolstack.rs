@@ -9,11 +9,13 @@ use super::lib::{Hypfs, Store};
 use super::stub;
 use crate::error::GrantError;
 use crate::limits::TOOLSTACK_DEADLINE_S;
+use rustix::fs::FlockOperation;
+use rustix::io::Errno;
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// The hypervisor's bound on `max_grant_frames` of new domains.
@@ -141,7 +143,44 @@ impl Toolstack {
         self.run(&name, &["destroy", &domid.to_string()])
     }
 
+    /// Waits until no `xl` runs that an earlier life of the daemon started: it outlives one that is killed,
+    /// and what it makes or ends is there or gone only when it is done.
+    pub(super) fn wait_for_earlier(&self) -> Result<(), GrantError> {
+        self.lock_xl(&self.prefix).map(drop)
+    }
+
+    /// A file that is locked as long as it is open, here or in an `xl` that has it as its input.
+    fn lock_xl(&self, name: &str) -> Result<File, GrantError> {
+        let path = self.run_dir.join(format!("{}.xl.lock", self.prefix));
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(&path)
+            .map_err(sys("making the lock for xl"))?;
+        let deadline = Instant::now() + Duration::from_secs(TOOLSTACK_DEADLINE_S);
+        loop {
+            match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => return Ok(file),
+                Err(Errno::WOULDBLOCK) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                Err(errno) => {
+                    return Err(GrantError::CacheDomain {
+                        name: name.to_owned(),
+                        why: format!(
+                            "an xl that was started before runs still ({}: {errno})",
+                            path.display()
+                        ),
+                    });
+                }
+            }
+        }
+    }
+
     fn run(&self, name: &str, args: &[&str]) -> Result<(), GrantError> {
+        let lock = self.lock_xl(name)?;
         let log_path = self.run_dir.join("xl.log");
         let log = File::create(&log_path).map_err(sys("making xl's log"))?;
         let errors = log.try_clone().map_err(sys("dup of xl's log"))?;
@@ -161,7 +200,8 @@ impl Toolstack {
         };
         let mut child = Command::new(&self.xl)
             .args(args)
-            .stdin(Stdio::null())
+            // Empty, and held by it however we end.
+            .stdin(lock)
             .stdout(log)
             .stderr(errors)
             .spawn()

@@ -54,7 +54,9 @@ pub fn reclaim(args: &ReclaimArgs) -> Result<ExitCode> {
 
 /// Changes the budget of frames while the daemon runs; until it stops.
 ///
-/// A smaller budget takes frames back at once, as fast as guests let go of them.
+/// A smaller budget takes frames back at once, as fast as guests let go of them; on Xen, cache domains
+/// that it does not need are then ended (`copage stats` shows them draining). A larger one has cache domains
+/// made, seconds for each; when Xen has no memory for them nothing is changed.
 #[derive(Clone, Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -64,7 +66,7 @@ Examples:
 pub struct BudgetArgs {
     #[command(flatten)]
     at: Where,
-    /// The budget, in MiB; at most what the daemon was started with
+    /// The budget, in MiB
     #[arg(value_parser = clap::value_parser!(u64).range(*FRAMES_MIB.start()..=*FRAMES_MIB.end()))]
     mib: u64,
     /// As JSON

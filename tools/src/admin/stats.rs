@@ -235,11 +235,18 @@ fn text(stats: &StatsEntry, memory: Memory) -> String {
         .map(|(_, v)| v)
         .sum();
     if let Some(xen) = &stats.xen {
-        let tables = xen.cache_domains.iter();
-        let tables: Vec<String> = tables
-            .map(|t| format!("domain {} with {} entries in use", t.domid, t.entries_used))
-            .collect();
-        lines.push(format!("cache       {}", tables.join(", ")));
+        for (n, t) in xen.cache_domains.iter().enumerate() {
+            lines.push(format!(
+                "{:<12}domain {}: {} of {} used, {} of {} entries{}",
+                if n == 0 { "cache" } else { "" },
+                t.domid,
+                pages(t.frames_used),
+                pages(t.frames),
+                t.entries_used,
+                t.entries_max,
+                if t.draining { ", draining" } else { "" }
+            ));
+        }
         let channel = &xen.channel;
         lines.push(format!(
             "domains     {} attached and here; {} sessions accepted, {} refused, {} floods",

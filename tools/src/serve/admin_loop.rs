@@ -1,6 +1,6 @@
 //! The administrator's requests: the quick ones are answered here, the slow ones handed on.
 
-use super::admin_run::{Done, Job, Names};
+use super::admin_run::{Done, Job, Names, Tables};
 use super::admin_types::{
     AdminReply, AdminRequest, CacheDomainEntry, ChannelEntry, ChargesEntry, GuestEntry, StatsEntry,
     XenEntry,
@@ -10,7 +10,7 @@ use super::limits::{ACCEPTS_PER_TURN, GRANT_LINES_DEFAULT, GRANT_LINES_MAX};
 use super::poll::{Interest, Ready, Source};
 use crate::config::mib_to_pages;
 use copage_cache::CacheStats;
-use copage_grants::TableId;
+use copage_grants::TableInfo;
 use copage_grants::channel::Peer;
 use std::collections::BTreeMap;
 
@@ -228,8 +228,8 @@ impl Core {
         guests
     }
 
-    fn stats(&self, cache: &CacheStats, tables: &BTreeMap<u16, u64>) -> StatsEntry {
-        let grants = tables.values().sum();
+    fn stats(&self, cache: &CacheStats, tables: &Tables) -> StatsEntry {
+        let grants = tables.grants;
         let counts = &self.ctx.counts;
         let counters = [
             ("connections", counts.connections),
@@ -303,27 +303,29 @@ impl Core {
                 .map(|(k, v)| (k.to_owned(), v))
                 .into_iter()
                 .collect::<BTreeMap<_, _>>(),
-            xen: self.xen_stats(tables),
+            xen: self.xen_stats(cache, tables),
             charges,
         }
     }
 
-    fn xen_stats(&self, tables: &BTreeMap<u16, u64>) -> Option<XenEntry> {
+    fn xen_stats(&self, cache: &CacheStats, tables: &Tables) -> Option<XenEntry> {
         let stats = self.xen.as_ref()?.listener.stats();
-        let of_table = |(&table, &entries_used): (&u16, &u64)| {
-            let domid = self.ctx.backend.granter(TableId(table))?.0;
+        let of_table = |info: &TableInfo| {
+            // A bank is what has the table of its number.
+            let mut banks = cache.banks.iter();
+            let bank = banks.find(|bank| bank.bank == u32::from(info.table.0));
             Some(CacheDomainEntry {
-                table,
-                domid,
-                entries_used,
+                table: info.table.0,
+                domid: info.granter?.0,
+                entries_used: info.entries_used.into(),
+                entries_max: info.entries_max.into(),
+                frames: bank.map_or(0, |bank| bank.frames.into()),
+                frames_used: bank.map_or(0, |bank| bank.frames_used.into()),
+                draining: bank.is_some_and(|bank| bank.is_leaving),
             })
         };
-        // Numbered from 0 without a gap.
-        let empty = (0..).take_while(|&n| self.ctx.backend.granter(TableId(n)).is_some());
-        let mut all: BTreeMap<u16, u64> = empty.map(|n| (n, 0)).collect();
-        all.extend(tables);
         Some(XenEntry {
-            cache_domains: all.iter().filter_map(of_table).collect(),
+            cache_domains: tables.tables.iter().filter_map(of_table).collect(),
             channel: ChannelEntry {
                 domains_now: stats.attached_now,
                 accepted: stats.accepted,

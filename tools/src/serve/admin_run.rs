@@ -9,7 +9,7 @@ use super::exports::offer;
 use super::limits::{ADMIN_CONNECTIONS_MAX, PAGE_RUNS_MAX};
 use super::wake::Wake;
 use copage_cache::{Cache, CacheError, CacheStats, ExportId, NodeRef};
-use copage_grants::{Access, Backend, DomId};
+use copage_grants::{Access, Backend, DomId, TableInfo};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Component, Path, PathBuf};
@@ -42,6 +42,13 @@ pub(super) enum Job {
     ExportRemove(ExportId),
 }
 
+/// The grant tables, and how many grants are in them.
+#[derive(Debug)]
+pub(super) struct Tables {
+    pub tables: Vec<TableInfo>,
+    pub grants: u64,
+}
+
 /// Names of the guests that have sessions, by domid.
 pub(super) type Names = HashMap<DomId, String>;
 
@@ -49,45 +56,60 @@ pub(super) type Names = HashMap<DomId, String>;
 #[derive(Debug)]
 pub(super) enum Done {
     Reply(AdminReply),
-    /// With the grants of each table; the loop adds what only it knows.
-    Stats(Box<CacheStats>, BTreeMap<u16, u64>),
+    /// With the grant tables; the loop adds what only it knows.
+    Stats(Box<CacheStats>, Tables),
     /// The loop enters it in its table.
     Added(ExportId, ExportEntry),
 }
 
-/// The thread, and the ways to it and back.
+/// The threads, and the ways to them and back. What makes memory for a larger budget has a thread of its
+/// own: it can take minutes, and the others are to be answered meanwhile.
 pub(super) struct Runner {
     jobs: Sender<(u64, Job)>,
+    budgets: Sender<(u64, Job)>,
     pub done: Receiver<(u64, Done)>,
 }
 
 impl Runner {
-    /// Starts the thread. It ends when this is dropped.
+    /// Starts the threads. They end when this is dropped.
     pub(super) fn start(
-        cache: Arc<Cache>,
-        backend: Arc<dyn Backend>,
-        wake: Arc<Wake>,
+        cache: &Arc<Cache>,
+        backend: &Arc<dyn Backend>,
+        wake: &Arc<Wake>,
     ) -> std::io::Result<Self> {
-        // One request of each connection at a time, so neither can fill up.
-        let (jobs, todo) = bounded(ADMIN_CONNECTIONS_MAX);
         let (answer, done) = unbounded();
-        std::thread::Builder::new()
-            .name("copage-admin".into())
-            .spawn(move || {
-                for (conn, job) in todo {
-                    let result = run(&cache, &*backend, job);
-                    if answer.send((conn, result)).is_err() {
-                        return;
+        let start = |name: &str| {
+            // One request of each connection at a time, so it cannot fill up.
+            let (jobs, todo) = bounded::<(u64, Job)>(ADMIN_CONNECTIONS_MAX);
+            let (cache, backend) = (Arc::clone(cache), Arc::clone(backend));
+            let (wake, answer) = (Arc::clone(wake), Sender::clone(&answer));
+            std::thread::Builder::new()
+                .name(name.into())
+                .spawn(move || {
+                    for (conn, job) in todo {
+                        let result = run(&cache, &*backend, job);
+                        if answer.send((conn, result)).is_err() {
+                            return;
+                        }
+                        wake.wake();
                     }
-                    wake.wake();
-                }
-            })?;
-        Ok(Self { jobs, done })
+                })
+                .map(|_| jobs)
+        };
+        Ok(Self {
+            jobs: start("copage-admin")?,
+            budgets: start("copage-budget")?,
+            done,
+        })
     }
 
     /// Hands over a request; `false`: the thread is busy with as many as there can be.
     pub(super) fn submit(&self, conn: u64, job: Job) -> bool {
-        self.jobs.try_send((conn, job)).is_ok()
+        let to = match job {
+            Job::SetBudget { .. } => &self.budgets,
+            _ => &self.jobs,
+        };
+        to.try_send((conn, job)).is_ok()
     }
 }
 
@@ -102,9 +124,10 @@ fn run(cache: &Cache, backend: &dyn Backend, job: Job) -> Done {
     Done::Reply(match job {
         Job::Audit => AdminReply::Audit(audit(cache)),
         Job::Stats => {
-            let mut tables = BTreeMap::new();
-            backend.each_grant(&mut |grant| *tables.entry(grant.grant.table.0).or_default() += 1);
-            return Done::Stats(Box::new(cache.stats()), tables);
+            let mut grants = 0;
+            backend.each_grant(&mut |_| grants += 1);
+            let tables = backend.tables();
+            return Done::Stats(Box::new(cache.stats()), Tables { tables, grants });
         }
         Job::Pages {
             path,

@@ -49,7 +49,8 @@ pub enum AdminRequest {
         /// How many, in pages.
         pages: u64,
     },
-    /// Changes the budget. Frames above it are given back as fast as guests let go. Reply: Done.
+    /// Changes the budget. Frames above it are given back as fast as guests let go; memory for a larger one is
+    /// made before the reply. Reply: Done.
     SetBudget {
         /// The budget, in MiB.
         frames_mib: u64,
@@ -381,8 +382,20 @@ pub struct CacheDomainEntry {
     pub table: u16,
     /// Its domid.
     pub domid: u16,
-    /// Entries of its grant table that are in use.
+    /// Entries of its grant table that are in use, or were a moment ago and rest.
     pub entries_used: u64,
+    /// Entries that its grant table has for guests.
+    #[serde(default)]
+    pub entries_max: u64,
+    /// Frames in it.
+    #[serde(default)]
+    pub frames: u64,
+    /// Those of them that hold something or may be mapped.
+    #[serde(default)]
+    pub frames_used: u64,
+    /// The budget does not need it: it is emptied, and ended when nothing is in it.
+    #[serde(default)]
+    pub draining: bool,
 }
 
 /// Counts of the control channel.

@@ -315,8 +315,8 @@ fn prepare(
     }
     ctx.userfaultfd = userfaultfd_device();
 
-    let runner = Runner::start(cache.clone(), backend, wake.clone())
-        .map_err(sys("the thread for admin requests"))?;
+    let runner =
+        Runner::start(&cache, &backend, &wake).map_err(sys("the thread for admin requests"))?;
     // The admin's comes last: where it answers, guests can connect too.
     let path = run_dir.guest_socket();
     let listener = Listener::bind(&path, GUEST_SOCKET_MODE)

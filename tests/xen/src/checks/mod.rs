@@ -4,6 +4,7 @@
 //! and a domain that does not go away afterwards are failures.
 
 mod basic;
+mod budget;
 mod channel;
 mod demo;
 pub mod exec;
@@ -158,6 +159,12 @@ pub const CHECKS: &[Check] = &[
         "the same two hundred times",
         kills::two_hundred,
     )),
+    check(
+        "budget",
+        900,
+        "cache domains made, drained, ended and found again as the budget moves",
+        budget::budget,
+    ),
     check(
         "rings",
         240,
