@@ -64,13 +64,11 @@ impl XenBackend {
     fn end_domain_locked(&self, number: u32) -> Result<bool, GrantError> {
         self.retry_left(&self.domains.read());
         let id = TableId(u16::try_from(number).unwrap_or(u16::MAX));
-        let domain = {
-            let mut domains = self.domains.write();
-            if domains.get(number).is_some() && self.tables.take_table(id).is_none() {
-                return Ok(false);
-            }
-            domains.take(number)
-        };
+        let is_there = self.domains.read().get(number).is_some();
+        if is_there && self.tables.take_table(id).is_none() {
+            return Ok(false);
+        }
+        let domain = self.domains.write().take(number);
         // Unmapped by us before it is ended: its memory is free then.
         drop(domain);
         match self.toolstack.find()?.remove(&number) {
