@@ -31,6 +31,9 @@ pub const RECLAIM_BATCH: u32 = 64;
 /// Frames asked back of one guest in one go: each may be a question of its own, and who has too many
 /// to answer is taken for dead.
 pub const RECALL_PAGES_MAX: u32 = 512;
+/// Frames of banks that are to go, asked back in one go: nobody waits for them, so guests are not to be busy
+/// with nothing else.
+pub const LEAVING_PAGES_MAX: u32 = 128;
 /// Frames the watermark is at most: one fill and one batch.
 pub const WATERMARK_FRAMES_MAX: u32 = 1024;
 /// The watermark is the budget divided by this.

@@ -7,7 +7,9 @@
 use crate::cache::{Cache, now_ms};
 use crate::error::CacheError;
 use crate::frames::{FrameState, FrameTable};
-use crate::limits::{DRAIN_POLL_MS, DRAIN_POLL_MS_MAX, FRAMES_MAX, FRAMES_MIN, RECALL_PAGES_MAX};
+use crate::limits::{
+    DRAIN_POLL_MS, DRAIN_POLL_MS_MAX, FRAMES_MAX, FRAMES_MIN, LEAVING_PAGES_MAX, RECALL_PAGES_MAX,
+};
 use parking_lot::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
@@ -139,7 +141,7 @@ impl Cache {
                     // Who has too many questions to answer is taken for dead.
                     false => (
                         FrameState::Recalling,
-                        RECALL_PAGES_MAX.saturating_sub(asked),
+                        LEAVING_PAGES_MAX.saturating_sub(asked),
                     ),
                 };
                 let most = (RECALL_PAGES_MAX, granted_max);

@@ -202,6 +202,30 @@ fn local_who_acks_and_keeps_pages_starves_nobody() {
     rig.audit();
 }
 
+/// What a fenced guest has mapped counts as quarantined in that moment, and what it has not does not.
+#[test]
+fn local_what_a_fenced_guest_maps_is_quarantined_at_once() {
+    let (mut rig, xen) = rig(128);
+    rig.write("f", &content(1, 40 * PAGE));
+    let (a, b) = (who(1), who(2));
+    let file = rig.map("f", a);
+    let other = rig.map("f", b);
+    let kept = told(&mut rig, &file, a, (0, 10));
+    map(&xen, a, &kept);
+    told(&mut rig, &file, a, (10, 10));
+    let others = told(&mut rig, &other, b, (30, 10));
+    map(&xen, b, &others);
+    rig.acks = false;
+    rig.cache.guest_fenced(a);
+    assert_eq!(rig.cache.stats().frames_quarantined, 10);
+    rig.audit();
+    unmap(&xen, &kept);
+    rig.until("its frames", |s| s.frames_quarantined == 0);
+    unmap(&xen, &others);
+    rig.until("all frames", |s| s.homes_retired == 0);
+    rig.audit();
+}
+
 /// A daemon that was killed left entries in use: their frames wait.
 #[test]
 fn local_frames_of_an_earlier_life_are_used_when_nobody_maps_them() {
