@@ -129,11 +129,13 @@ impl Cache {
         self.resize.queued.store(false, Relaxed);
     }
 
-    /// Gives back what is in leaving banks, and asks guests for what they have mapped of it.
+    /// Gives back what is in leaving banks, and asks guests for what they have mapped of it. A bank at a time,
+    /// so that the table is not locked for long.
     fn empty_leaving(&self) {
+        let mut in_vain = 0;
         loop {
             let (mut idle, mut granted) = (Vec::new(), Vec::new());
-            {
+            let banks = {
                 let mut frames = self.frames.lock();
                 let asked = frames.count(FrameState::Recalling);
                 let (granted_as, granted_max) = match self.force {
@@ -145,15 +147,19 @@ impl Cache {
                     ),
                 };
                 let most = (RECALL_PAGES_MAX, granted_max);
-                frames.pick_leaving(most, granted_as, (&mut idle, &mut granted));
-            }
+                frames.pick_leaving(most, granted_as, (&mut idle, &mut granted))
+            };
             if self.force {
                 idle.append(&mut granted);
             }
             if !granted.is_empty() {
                 self.ask_back(&granted, None);
             }
-            if idle.is_empty() || self.evict(&idle) == 0 {
+            in_vain += 1;
+            if !idle.is_empty() && self.evict(&idle) > 0 {
+                in_vain = 0;
+            }
+            if in_vain >= banks {
                 return;
             }
         }

@@ -41,6 +41,8 @@ impl Bank {
 pub(super) struct Banks {
     bank_frames: u32,
     all: Vec<Bank>,
+    /// Where [`FrameTable::pick_leaving`] goes on.
+    next_leaving: usize,
 }
 
 /// How one bank stands.
@@ -61,6 +63,7 @@ impl Banks {
         Self {
             bank_frames,
             all: Vec::new(),
+            next_leaving: 0,
         }
     }
 
@@ -203,18 +206,26 @@ impl FrameTable {
             && self.banks.of(frame.0).is_some_and(|bank| !bank.is_open)
     }
 
-    /// Chooses frames of leaving banks: up to so many that nobody holds, and up to so many that are granted.
-    /// The latter become `granted_as`.
+    /// Chooses frames of one leaving bank, of the next one each time: up to so many that nobody holds, and up
+    /// to so many that are granted. The latter become `granted_as`. Gives how many such banks hold anything:
+    /// all have been looked at after as many calls.
     pub(crate) fn pick_leaving(
         &mut self,
         (idle_max, granted_max): (u32, u32),
         granted_as: FrameState,
         (idle, granted): (&mut Vec<FrameNo>, &mut Vec<FrameNo>),
-    ) {
+    ) -> usize {
         let (idle_max, granted_max) = (idle_max as usize, granted_max as usize);
-        let leaving: Vec<usize> = self.leaving().collect();
-        let frames: Vec<_> = leaving.into_iter().map(|n| self.bank_range(n)).collect();
-        for frame in frames.into_iter().flatten().map(FrameNo) {
+        let holds = |bank: &usize| {
+            (self.banks.all[*bank].frames_out as usize) < self.bank_range(*bank).len()
+        };
+        let banks: Vec<usize> = self.leaving().filter(holds).collect();
+        let next = self.banks.next_leaving;
+        let Some(&bank) = banks.iter().find(|n| **n >= next).or(banks.first()) else {
+            return 0;
+        };
+        self.banks.next_leaving = bank + 1;
+        for frame in self.bank_range(bank).map(FrameNo) {
             match self.state(frame) {
                 FrameState::Small | FrameState::Main if idle.len() < idle_max => {
                     self.set_state(frame, FrameState::Evicting);
@@ -227,6 +238,7 @@ impl FrameTable {
                 _ => {}
             }
         }
+        banks.len()
     }
 
     /// How the banks stand that are there.
@@ -298,7 +310,10 @@ mod tests {
         assert_eq!((table.open_end(), table.available()), (8, 0));
         assert_eq!(table.emptied(), Vec::<u32>::new());
         let (mut idle, mut granted) = (Vec::new(), Vec::new());
-        table.pick_leaving((100, 100), FrameState::Recalling, (&mut idle, &mut granted));
+        for _ in 0..2 {
+            let to = (&mut idle, &mut granted);
+            assert_eq!(table.pick_leaving((100, 100), FrameState::Recalling, to), 2);
+        }
         assert_eq!(granted, [FrameNo(17)]);
         assert_eq!(idle.len(), 11);
         assert!(idle.iter().all(|frame| frame.0 >= 8));
