@@ -15,8 +15,10 @@ use std::time::{Duration, Instant};
 
 /// Pages of each file.
 const PAGES: u64 = 768;
-/// Term and deadline, in ms.
-const TERM_MS: u64 = 3000;
+/// How long a guest may take to let go, in ms.
+const TERM_MS: u64 = 5000;
+/// The sessions' lease, in ms: long, because it is not what ends here.
+const LEASE_MS: u64 = 15_000;
 /// What two clocks may differ in it, in ms: 1 %.
 const DRIFT_MS: u64 = TERM_MS / 100;
 /// What one emulated processor may be busy with, in ms.
@@ -82,7 +84,7 @@ pub fn never_acks(lab: &Lab) -> Result<String> {
         lab,
         &format!(
             "backend = \"xen\"\nframes_mib = 16\nxen.cache_domain_mib = 64\n\
-             lease_ttl_ms = {TERM_MS}\ninvalidate_deadline_ms = {TERM_MS}\n\
+             lease_ttl_ms = {LEASE_MS}\ninvalidate_deadline_ms = {TERM_MS}\n\
              limits.frames_mib = 4\n\
              [[guest]]\nname = \"mute\"\ndomain = \"mute\"\n\
              [[guest]]\nname = \"honest\"\ndomain = \"honest\"\n\
