@@ -63,6 +63,8 @@ struct Place(PathBuf);
 impl Place {
     fn of(at: &Where, export: &str) -> Result<Self> {
         let dir = at.run_dir().join("exec");
+        // A daemon's run directory is for others too.
+        std::fs::create_dir_all(at.run_dir()).with_context(|| dir.display().to_string())?;
         DirBuilder::new()
             .recursive(true)
             .mode(0o700)
