@@ -149,7 +149,7 @@ pub fn never_acks(lab: &Lab) -> Result<String> {
             ensure!(holder.poll()?.is_none(), "{:?}", holder.said()?);
             break;
         }
-        mute.write_file(UNMAP, b"")?;
+        mute.write_file(UNMAP, b"now")?;
         said(lab, &holder, "unmapped", &mut out)?;
         lab.wait("quarantine to end with the mapping", SOON, || {
             Ok((quarantined(&daemon)? == 0).then_some(()))
