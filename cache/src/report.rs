@@ -74,7 +74,7 @@ pub struct CacheStats {
     pub leases_broken: u64,
     /// Requests waiting for a fill.
     pub waiting: u64,
-    /// Fills waiting for frames.
+    /// Fills that had to wait for frames, so far.
     pub parked: u64,
     /// Bytes of the daemon's memory for frames: the array, the ghosts and the indexes.
     pub metadata_bytes: u64,

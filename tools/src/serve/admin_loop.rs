@@ -265,7 +265,7 @@ impl Core {
             ("now_homes_retired", cache.homes_retired),
             ("now_nodes", cache.nodes),
             ("now_faults_waiting", cache.waiting),
-            ("now_fills_parked", cache.parked),
+            ("fills_parked", cache.parked),
             ("now_metadata_bytes", cache.metadata_bytes),
         ];
         let used = cache.frames_max.saturating_sub(cache.frames_free);
