@@ -29,9 +29,9 @@ boot() { # mode, where the serial console goes
         -virtfs "local,path=$images/guests,mount_tag=images,security_model=none,readonly=on,id=images"
 }
 
-new_logs() { # version: a directory of its own; the newest ten stay
-    logs="$lab/logs/$(date +%Y%m%d-%H%M%S)-$1"
+new_logs() { # version, the machine's number: a directory of its own; the newest ten runs' stay
+    logs="$lab/logs/$(date +%Y%m%d-%H%M%S)-$1-$2"
     mkdir -p "$logs"
-    ln -sfn "$(basename "$logs")" "$lab/logs/latest"
-    find "$lab/logs" -mindepth 1 -maxdepth 1 -type d | sort -r | tail -n +11 | xargs -r rm -rf
+    [ "$2" != 0 ] || ln -sfn "$(basename "$logs")" "$lab/logs/latest"
+    find "$lab/logs" -mindepth 1 -maxdepth 1 -type d | sort -r | tail -n +21 | xargs -r rm -rf
 }

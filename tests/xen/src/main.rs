@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! copage-xen-lab list | limit [NAME…]       on any machine: which checks there are, how long they may take
+//! copage-xen-lab split N [NAME…]            on any machine: the checks in N parts, a line each
 //! copage-xen-lab run --dir DIR [NAME…]      in dom0: runs checks, writes DIR/results
 //! copage-xen-lab shell                      in dom0: starts a guest for a person
 //! copage-xen-lab in GUEST COMMAND…          in dom0: a command in a guest
@@ -69,6 +70,11 @@ fn perform() -> Result<ExitCode> {
             let each = |c: &&Check| c.limit_s + runner::GRACE.as_secs();
             println!("{}", BOOT_S + chosen.iter().map(each).sum::<u64>());
         }
+        ["split", machines, names @ ..] => {
+            for part in split(&chosen(names)?, machines.parse()?) {
+                println!("{}", part.join(" "));
+            }
+        }
         ["run", "--dir", dir, names @ ..] => {
             if !runner::run(&chosen(names)?, Path::new(dir))? {
                 return Ok(ExitCode::FAILURE);
@@ -90,7 +96,7 @@ fn perform() -> Result<ExitCode> {
                 .with_context(|| format!("no such program: {name}"))?
                 .1(arguments)?;
         }
-        _ => bail!("copage-xen-lab list|limit|run|shell|in|pipe|agent|do …"),
+        _ => bail!("copage-xen-lab list|limit|split|run|shell|in|pipe|agent|do …"),
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -104,6 +110,24 @@ fn chosen(names: &[&str]) -> Result<Vec<&'static Check>> {
         found.with_context(|| format!("no check is named {name} (see --list)"))
     };
     names.iter().map(find).collect()
+}
+
+/// Checks for so many machines, none of them idle, about as long for each, each in the table's order.
+fn split(checks: &[&'static Check], machines: usize) -> Vec<Vec<&'static str>> {
+    let mut longest_first: Vec<&&Check> = checks.iter().collect();
+    longest_first.sort_by_key(|check| std::cmp::Reverse(check.limit_s));
+    let mut parts = vec![(0, Vec::new()); machines.clamp(1, checks.len().max(1))];
+    for check in longest_first {
+        if let Some((sum_s, names)) = parts.iter_mut().min_by_key(|(sum_s, _)| *sum_s) {
+            *sum_s += check.limit_s;
+            names.push(check.name);
+        }
+    }
+    let place = |name: &&str| checks.iter().position(|check| check.name == *name);
+    for (_, names) in &mut parts {
+        names.sort_by_key(place);
+    }
+    parts.into_iter().map(|(_, names)| names).collect()
 }
 
 /// Leaves a guest running behind.
@@ -134,4 +158,36 @@ fn in_guest(name: &str, command: &str) -> Result<ExitCode> {
         job::Ended::Exit(code) => ExitCode::from(u8::try_from(code).unwrap_or(255)),
         job::Ended::Signal(_) => ExitCode::FAILURE,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn local_every_check_is_in_one_machine() {
+        let all = chosen(&[]).unwrap();
+        for machines in [1, 2, 3, 100] {
+            let parts = split(&all, machines);
+            let mut names: Vec<&str> = parts.concat();
+            assert!(parts.len() <= machines && parts.iter().all(|part| !part.is_empty()));
+            let mut known: Vec<&str> = all.iter().map(|check| check.name).collect();
+            names.sort_unstable();
+            known.sort_unstable();
+            assert_eq!(names, known);
+        }
+        // In the order of the table, and neither machine much longer at it than the other.
+        let parts = split(&all, 2);
+        assert_eq!(
+            parts[0]
+                .iter()
+                .chain(&parts[1])
+                .filter(|name| **name == "boot")
+                .count(),
+            1
+        );
+        let limit =
+            |part: &Vec<&str>| -> u64 { chosen(part).unwrap().iter().map(|c| c.limit_s).sum() };
+        assert!(limit(&parts[0]).abs_diff(limit(&parts[1])) < 200);
+    }
 }
