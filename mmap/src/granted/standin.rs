@@ -5,7 +5,7 @@
 use super::device::Device;
 use crate::sys::Region;
 use copage_grants::PAGE_SIZE;
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 use rustix::fs::{MemfdFlags, memfd_create};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
@@ -52,7 +52,12 @@ pub(crate) struct StandIn {
     frames: OwnedFd,
     movable: bool,
     state: Mutex<State>,
+    /// Batches wait before they are mapped for the first time.
+    held: Mutex<bool>,
+    let_go: Condvar,
     pub(crate) maps: AtomicU64,
+    /// Batches mapped over a range that others read.
+    pub(crate) overlays: AtomicU64,
     pub(crate) refused: AtomicU64,
     pub(crate) copies: AtomicU64,
     /// Batches that were in use although the guest had acked that they are not.
@@ -79,7 +84,10 @@ impl StandIn {
             frames,
             movable,
             state: Mutex::default(),
+            held: Mutex::new(false),
+            let_go: Condvar::new(),
             maps: AtomicU64::new(0),
+            overlays: AtomicU64::new(0),
             refused: AtomicU64::new(0),
             copies: AtomicU64::new(0),
             lies: AtomicU64::new(0),
@@ -161,6 +169,12 @@ impl StandIn {
             self.free(state, gref);
             state.pages.remove(&key);
         }
+    }
+
+    /// Holds batches up before they are mapped, or lets them go.
+    pub(crate) fn hold(&self, held: bool) {
+        *self.held.lock() = held;
+        self.let_go.notify_all();
     }
 
     /// Another daemon: it knows none of the entries, keeps what is in use as it is, and uses the rest at
@@ -306,12 +320,19 @@ impl Device for StandIn {
     }
 
     fn map(&self, index: u64, pages: usize) -> io::Result<Region> {
+        {
+            let mut held = self.held.lock();
+            while *held {
+                self.let_go.wait(&mut held);
+            }
+        }
         let offset = self.use_batch(index, pages)?;
         Region::shared(self.frames.as_fd(), offset, pages * PAGE_SIZE)
     }
 
     fn map_over(&self, index: u64, pages: usize, region: &Region, at: usize) -> io::Result<()> {
         let offset = self.use_batch(index, pages)?;
+        self.overlays.fetch_add(1, Ordering::SeqCst);
         region.overlay(at, pages * PAGE_SIZE, self.frames.as_fd(), offset)
     }
 

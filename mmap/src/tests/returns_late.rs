@@ -7,6 +7,7 @@ use super::*;
 use crate::limits::RECONNECT_MS;
 use crate::{LostWhy, MmapError};
 use copage_coherence::msg::{FenceReason, Notice};
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 const TERM_MS: u32 = 400;
@@ -267,6 +268,32 @@ fn local_a_daemon_that_dies_while_files_are_opened_again() {
         assert_eq!(client.reconnects(), 1);
         clean(&fake);
     }
+}
+
+/// References that the daemon before gave, and that the one that is there has used again. (A real daemon
+/// lets them rest for as long as the lease can run; here it is only the library that keeps them apart.)
+#[test]
+fn local_what_the_daemon_before_granted_is_not_shown_any_more() {
+    let (fake, client) = guest(By::UnmovableGrants, 60_000, RECONNECT_MS);
+    let standin = fake.state.lock().standin.clone().unwrap();
+    let mapping = map(&client, &MapOptions::shared());
+    standin.hold(true);
+    std::thread::scope(|scope| {
+        let touch = scope.spawn(|| page_word(mapping.as_volatile(), 400));
+        eventually("a batch on its way", || standin.batches() == 1);
+        fake.go_down();
+        away(&client);
+        fake.come_back(true);
+        let again = standin.grant(1, 2, 0, 16);
+        eventually("the return", || client.reconnects() == 1);
+        standin.hold(false);
+        assert_eq!(touch.join().unwrap(), word(2, 400));
+        assert!(!again.is_empty());
+    });
+    // The new batch; the old one nowhere where anybody sees it.
+    assert_eq!(standin.overlays.load(Ordering::SeqCst), 1);
+    standin.revoke(1, 0, 16);
+    clean(&fake);
 }
 
 #[test]
