@@ -443,8 +443,8 @@ impl Cache {
     }
 
     /// Looks at the table for recalled pages of the live home whose holders let go without a word, or
-    /// later than they said. What they keep is in quarantine when that takes twice the deadline: others
-    /// are asked then.
+    /// later than they said. What they keep is in quarantine when that takes two to three times the deadline:
+    /// others are asked then.
     pub(crate) fn poll_recalls(&self, file: &Arc<CachedFile>, inner: &mut Inner, now_ms: u64) {
         let Some(home) = inner.live.as_mut().filter(|h| h.recalling > 0) else {
             return;
@@ -468,16 +468,28 @@ impl Cache {
             .iter()
             .filter(|(p, f)| home.index.get(*p) == Some(*f))
             .count() as u32;
+        let left: Vec<_> = recalled
+            .into_iter()
+            .filter(|(page, frame)| home.index.get(*page) == Some(*frame))
+            .map(|(_, frame)| frame)
+            .collect();
         let deadline_ms = u64::from(self.config.recall_deadline_ms);
         let mut is_kept = false;
-        if now_ms > home.recall_ms + 2 * deadline_ms {
-            home.poll_ms = now_ms + DRAIN_POLL_MS_MAX;
+        if now_ms > home.recall_ms + deadline_ms {
+            // Each is counted by itself: others are asked while these are.
+            home.recall_ms = now_ms;
             let mut table = self.frames.lock();
-            for (page, frame) in &recalled {
-                if home.index.get(*page) == Some(*frame) {
-                    table.set_state(*frame, FrameState::Quarantined);
-                    is_kept |= table.is_emptied(*frame);
+            let mut all = true;
+            for frame in left {
+                let is_stuck = table.is_overdue(frame);
+                all &= is_stuck;
+                if is_stuck && table.state(frame) != FrameState::Quarantined {
+                    table.set_state(frame, FrameState::Quarantined);
+                    is_kept |= table.is_emptied(frame);
                 }
+            }
+            if all {
+                home.poll_ms = now_ms + DRAIN_POLL_MS_MAX;
             }
         }
         if !done {

@@ -12,7 +12,7 @@ use copage_cache::*;
 use copage_grants::*;
 use hypervisor::{Hypervisor, TABLE_FRAMES};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 fn rig(frames_max: u32) -> (Rig, Arc<Hypervisor>) {
     let xen = Hypervisor::new();
@@ -199,6 +199,48 @@ fn local_who_acks_and_keeps_pages_starves_nobody() {
     rig.cache.guest_ended(liar);
     rig.until("no quarantine", |s| s.frames_quarantined == 0);
     assert_eq!(xen.grant_count(liar.dom), 0);
+    rig.audit();
+}
+
+/// The budget is cut to a small part of what a guest maps, which lets go of it bit by bit: whoever waits for
+/// a page meanwhile gets it in the end.
+#[test]
+fn local_a_cut_of_the_budget_fails_no_fault() {
+    let (mut rig, xen) = rig(1500);
+    let data = content(1, 1400 * PAGE);
+    rig.write("f", &data);
+    rig.write("g", &content(2, 10 * PAGE));
+    let (a, b) = (who(1), who(2));
+    let file = rig.map("f", a);
+    let wanted = rig.map("g", b);
+    let mut mapped = Vec::new();
+    while mapped.len() < 1400 {
+        let told = told(&mut rig, &file, a, (mapped.len() as u64, 20));
+        map(&xen, a, &told);
+        mapped.extend(told.refs.iter().map(|gref| (told.granter, *gref)));
+    }
+    rig.acks = false;
+    rig.cache.set_frames_max(64).unwrap();
+    let ticket = rig.ticket();
+    let generation = rig.cache.current(&wanted).generation;
+    let first = PageIndex(0);
+    let asked = (generation, first, 1, FaultHint::Random);
+    let outcome = rig
+        .cache
+        .fault(ticket, &wanted, b, asked.0, asked.1, asked.2, asked.3);
+    assert!(matches!(outcome, FaultOutcome::Pending), "{outcome:?}");
+    for part in mapped.chunks(100) {
+        let until = Instant::now() + Duration::from_millis(100);
+        while Instant::now() < until {
+            rig.pump(Duration::from_millis(5));
+        }
+        part.iter()
+            .for_each(|(granter, gref)| xen.unmap(*granter, *gref));
+    }
+    match rig.wait(ticket) {
+        CacheEvent::Faulted { result, .. } => assert!(result.is_ok(), "{result:?}"),
+        other => panic!("{other:?}"),
+    }
     rig.audit();
 }
 

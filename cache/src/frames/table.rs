@@ -51,7 +51,7 @@ struct Meta {
     next: u32,
     owner: u32,
     state: FrameState,
-    /// Uses since it came (0 to 3), spent for further rounds in a queue.
+    /// Uses since it came (0 to 3), spent for further rounds in a queue; of a recalled one, deadlines passed.
     uses: u8,
 }
 
@@ -229,7 +229,11 @@ impl FrameTable {
         use FrameState::{Filling, Free, Out};
         let is_empty = |s| matches!(s, Free | Filling | Out);
         self.frame_moves += u64::from(is_empty(old) != is_empty(state));
-        self.metas[n as usize].state = state;
+        let meta = &mut self.metas[n as usize];
+        meta.state = state;
+        if state == FrameState::Recalling {
+            meta.uses = 0;
+        }
         let Some(ends) = self.queue(n) else {
             return;
         };
@@ -339,6 +343,14 @@ impl FrameTable {
             let account = self.accounts.of(owner);
             account.frames = account.frames.saturating_sub(1);
         }
+    }
+
+    /// A deadline has passed over a frame that was recalled: is it time to take it for kept? At the third one,
+    /// because the first may come right after it was asked for.
+    pub(crate) fn is_overdue(&mut self, frame: FrameNo) -> bool {
+        let meta = &mut self.metas[frame.0 as usize];
+        meta.uses = (meta.uses + 1).min(3);
+        meta.state == FrameState::Quarantined || meta.uses == 3
     }
 
     /// A page was copied for somebody.
