@@ -39,7 +39,7 @@ pub fn hostile(lab: &Lab) -> Result<String> {
         .collect::<Result<_>>()?;
     let mut configuration = format!(
         "backend = \"xen\"\nframes_mib = 8\nxen.cache_domain_mib = 64\n\
-         [[export]]\nname = \"share\"\npath = {share:?}\n"
+         lease_ttl_ms = 20000\n[[export]]\nname = \"share\"\npath = {share:?}\n"
     );
     for name in names {
         configuration += &format!("[[guest]]\nname = {name:?}\ndomain = {name:?}\n");

@@ -94,7 +94,7 @@ pub fn random(lab: &Lab) -> Result<String> {
         .collect::<Result<_>>()?;
     let mut configuration = format!(
         "backend = \"xen\"\nframes_mib = {}\nxen.cache_domain_mib = 64\n\
-         [[export]]\nname = \"share\"\npath = {share:?}\n",
+         lease_ttl_ms = 20000\n[[export]]\nname = \"share\"\npath = {share:?}\n",
         BUDGET[1]
     );
     for guest in &guests {
