@@ -5,6 +5,7 @@
 //! full or slow machine does, kernels other than this one, and anything of Xen.
 
 mod fake;
+mod fake_files;
 mod faults;
 mod granted;
 mod granted_races;
