@@ -10,7 +10,8 @@ use copage_coherence::msg::{FenceReason, Notice};
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-const TERM_MS: u32 = 400;
+/// Long enough for a loaded machine to renew it.
+const TERM_MS: u32 = 1000;
 
 /// Touches a page in a thread; whether that is done within 200 ms, and then `then`, after which it must be.
 fn touch_waits(mapping: &Mapping, page: usize, then: impl FnOnce()) -> (bool, u64) {
@@ -100,11 +101,14 @@ fn local_a_daemon_that_stops_takes_everything_back_at_once() {
 
 #[test]
 fn local_mapping_and_opening_wait_for_the_daemon() {
-    let (fake, client) = guest(By::Descriptors, TERM_MS, RECONNECT_MS);
+    let (fake, client) = guest(By::Descriptors, 60_000, RECONNECT_MS);
     let file = open(&client, OpenHow::Map);
-    fake.go_down();
+    // With a word, so that what a new mapping would show is taken back at once.
+    fake.state.lock().down = true;
+    fake.notify(&Notice::Goodbye, None);
+    fake.die();
     away(&client);
-    std::thread::sleep(Duration::from_millis(u64::from(TERM_MS) + 100));
+    std::thread::sleep(Duration::from_millis(100));
     std::thread::scope(|scope| {
         let maps = scope.spawn(|| {
             let mapping = file.map(&MapOptions::shared()).unwrap();
