@@ -170,7 +170,7 @@ pub fn guess(arguments: &[&str]) -> Result<()> {
         if !refs.contains(&gref) {
             refused(granter, gref)?;
         }
-        if gref % 256 == 0 {
+        if gref % 32 == 0 {
             ensure!(raw.renew(), "the lease is lost");
         }
     }
