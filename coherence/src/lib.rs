@@ -4,3 +4,4 @@
 pub mod limits;
 pub mod msg;
 pub mod session;
+pub mod strict;

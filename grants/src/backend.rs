@@ -27,7 +27,7 @@ pub struct Capabilities {
 }
 
 /// May the grantee write?
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Access {
     /// `GTF_permit_access | GTF_readonly`
     ReadOnly,

@@ -1,0 +1,547 @@
+//! A host in small: the machine as it is, a grant table that keeps what is mapped, frames with one
+//! number in each, guests, and messages that take as long as they like.
+
+use copage_coherence::msg::{FenceReason, FileToken};
+use copage_coherence::session::{
+    Action as SessionAction, Event as SessionEvent, Guest as Who, SessionConfig, Subject,
+};
+use copage_coherence::strict::{Action, Event, Input, Output, Place, Strict, StrictConfig, Table};
+use copage_grants::{Access, Epoch, FrameNo, PageIndex, Version};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+pub const TERM_MS: u32 = 100;
+/// What a clock that is 1 % slow makes of a term.
+pub const SLOW_TERM_MS: u64 = 101;
+pub const PAGES: StrictConfig = StrictConfig {
+    hold_ms: 1,
+    unmap_deadline_ms: TERM_MS,
+    look_again_ms: 50,
+    bounces_max: u32::MAX,
+    bounce_ms: 20,
+    wants_max: 4,
+};
+const SESSIONS: SessionConfig = SessionConfig {
+    lease_ttl_ms: TERM_MS,
+    invalidate_deadline_ms: TERM_MS,
+    sessions_max: 64,
+    guest_sessions_max: 64,
+    recalls_max: 64,
+};
+
+/// The first epoch and version of the first life.
+const FIRST: u64 = 1 << 32 | 1;
+
+pub fn place(page: u64) -> Place {
+    Place {
+        file: 1,
+        page: PageIndex(page),
+    }
+}
+
+/// From the daemon.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Down {
+    Granted(Place, FrameNo, Access, Version),
+    Refused(Place),
+    Invalidate(u64, Place),
+    /// When the guest asked.
+    Renewed(u64),
+    Fenced,
+}
+
+/// To the daemon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Up {
+    Want(Place, Access),
+    Ack(u64),
+    Released(Place),
+    /// When it was asked.
+    Renew(u64),
+}
+
+/// A guest, as it sees things.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Guest {
+    pub epoch: Option<Epoch>,
+    /// It says what is not so: it is not asked what it reads any more.
+    pub liar: bool,
+    /// By its own, slow clock.
+    pub lease_until_ms: u64,
+    pub mapped: BTreeMap<Place, (FrameNo, Access)>,
+    pub seen: BTreeMap<Place, Version>,
+    pub wants: BTreeSet<Place>,
+    pub down: VecDeque<Down>,
+    pub up: VecDeque<Up>,
+}
+
+/// One entry: how, and whether the hypervisor shows it mapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Entry {
+    pub access: Access,
+    pub mapped: bool,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Entries {
+    pub all: BTreeMap<(Epoch, FrameNo), Entry>,
+    pub force: bool,
+}
+
+impl Table for Entries {
+    fn grant(&mut self, epoch: Epoch, frame: FrameNo, access: Access) -> Result<(), i32> {
+        let entry = self.all.entry((epoch, frame)).or_insert(Entry {
+            access,
+            mapped: false,
+        });
+        entry.access = access;
+        Ok(())
+    }
+
+    fn revoke(&mut self, epoch: Epoch, frame: FrameNo) -> bool {
+        match self.all.get(&(epoch, frame)) {
+            Some(entry) if entry.mapped && !self.force => false,
+            _ => {
+                self.all.remove(&(epoch, frame));
+                true
+            }
+        }
+    }
+}
+
+/// What may still happen: each happens so often at most.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Left {
+    pub wants: u8,
+    pub stores: u8,
+    pub renewals: u8,
+    pub advances: u8,
+    pub deaths: u8,
+    pub connects: u8,
+    pub takes: u8,
+    pub restarts: u8,
+    pub lies: u8,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct World {
+    pub machine: Strict,
+    pub config: StrictConfig,
+    pub now_ms: u64,
+    pub table: Entries,
+    pub memory: BTreeMap<FrameNo, u8>,
+    pub frames: u32,
+    pub free: BTreeSet<FrameNo>,
+    /// Frames that an earlier daemon's guests have mapped.
+    pub left_over: BTreeSet<FrameNo>,
+    pub disk: BTreeMap<Place, u8>,
+    pub guests: Vec<Guest>,
+    /// Fills and copies under way.
+    pub placing: BTreeMap<Place, Option<FrameNo>>,
+    pub left: Left,
+    /// The newest value that a store which counts put into a page.
+    pub latest: BTreeMap<Place, u8>,
+    /// Pages of which a fenced writer had the only content: the daemon's snapshot counts.
+    pub orphaned: BTreeSet<Place>,
+    /// Sessions that were fenced or have ended.
+    pub gone: BTreeSet<Epoch>,
+    pub next_value: u8,
+    pub life: u64,
+    /// What went wrong on the way.
+    pub wrong: Option<&'static str>,
+}
+
+impl World {
+    pub fn new(guests: usize, frames: u32, force: bool, config: StrictConfig, left: Left) -> Self {
+        Self {
+            machine: Strict::new(SESSIONS, config, (Epoch(FIRST), Version(FIRST)), 0),
+            config,
+            now_ms: 1,
+            table: Entries {
+                all: BTreeMap::new(),
+                force,
+            },
+            memory: BTreeMap::new(),
+            frames,
+            free: (1..=frames).map(FrameNo).collect(),
+            left_over: BTreeSet::new(),
+            disk: BTreeMap::new(),
+            guests: vec![Guest::default(); guests],
+            placing: BTreeMap::new(),
+            left,
+            latest: BTreeMap::new(),
+            orphaned: BTreeSet::new(),
+            gone: BTreeSet::new(),
+            next_value: 1,
+            life: 1,
+            wrong: None,
+        }
+    }
+
+    /// Is the mapping there, and does the guest, by its own clock, have the right to use it?
+    pub fn usable(&self, guest: &Guest, frame: FrameNo) -> bool {
+        let Some(epoch) = guest.epoch else {
+            return false;
+        };
+        let there = self.table.all.get(&(epoch, frame));
+        there.is_some_and(|e| e.mapped) && self.now_ms < guest.lease_until_ms
+    }
+
+    /// Of this life of the daemon, and not fenced?
+    pub fn counts(&self, epoch: Epoch) -> bool {
+        self.machine.sessions().counts(self.now_ms, epoch)
+    }
+
+    /// Of an earlier life of the daemon?
+    pub fn is_old(&self, epoch: Epoch) -> bool {
+        epoch.0 < self.life << 32 | 1
+    }
+
+    pub fn step(&mut self, input: Input) {
+        let mut out = Vec::new();
+        self.machine
+            .step(self.now_ms, input, &mut self.table, &mut out);
+        for output in out {
+            match output {
+                Output::Session(action) => self.session(action),
+                Output::Page(action) => self.page(action),
+            }
+        }
+    }
+
+    fn guest_of(&mut self, epoch: Epoch) -> Option<&mut Guest> {
+        self.guests.iter_mut().find(|g| g.epoch == Some(epoch))
+    }
+
+    fn session(&mut self, action: SessionAction) {
+        match action {
+            SessionAction::Welcome { conn, epoch, .. } => {
+                let lease_until_ms = self.now_ms + SLOW_TERM_MS;
+                let guest = &mut self.guests[conn as usize];
+                guest.epoch = Some(epoch);
+                guest.lease_until_ms = lease_until_ms;
+            }
+            SessionAction::Renewed { epoch } => {
+                let asked_ms = self.now_ms;
+                if let Some(guest) = self.guest_of(epoch) {
+                    guest.down.push_back(Down::Renewed(asked_ms));
+                }
+            }
+            SessionAction::Ask {
+                epoch,
+                recall,
+                subject: Subject::Pages { file, range, .. },
+            } => {
+                let FileToken(file) = file;
+                let place = Place {
+                    file,
+                    page: range.first,
+                };
+                if let Some(guest) = self.guest_of(epoch) {
+                    guest.down.push_back(Down::Invalidate(recall, place));
+                }
+            }
+            SessionAction::Fenced { epoch, reason, .. } => self.fenced(epoch, reason),
+            SessionAction::Ended { epoch, .. } => {
+                self.gone.insert(epoch);
+            }
+            _ => {}
+        }
+    }
+
+    fn fenced(&mut self, epoch: Epoch, reason: FenceReason) {
+        self.gone.insert(epoch);
+        let now_ms = self.now_ms;
+        let of_epoch: Vec<FrameNo> = self.writable_of(epoch);
+        for (place, frame) in self.places() {
+            if of_epoch.contains(&frame) {
+                self.orphaned.insert(place);
+            }
+        }
+        let has_mapped = self
+            .table
+            .all
+            .iter()
+            .any(|((e, _), entry)| *e == epoch && entry.mapped);
+        let Some(guest) = self.guest_of(epoch) else {
+            return;
+        };
+        let trusts = !guest.liar && now_ms < guest.lease_until_ms;
+        guest.down.push_back(Down::Fenced);
+        // Forced revocation has unmapped it all.
+        if reason == FenceReason::LeaseExpired && trusts && has_mapped {
+            self.wrong = Some("fenced for its lease while its own clock says that it has one");
+        }
+    }
+
+    fn writable_of(&self, epoch: Epoch) -> Vec<FrameNo> {
+        let writable = |((e, frame), entry): (&(Epoch, FrameNo), &Entry)| {
+            (*e == epoch && entry.access == Access::ReadWrite).then_some(*frame)
+        };
+        self.table.all.iter().filter_map(writable).collect()
+    }
+
+    fn places(&self) -> Vec<(Place, FrameNo)> {
+        let known = [place(0), place(1)];
+        let content = |p: Place| Some((p, self.machine.pages().content(p)?.0));
+        known.into_iter().filter_map(content).collect()
+    }
+
+    fn page(&mut self, action: Action) {
+        match action {
+            Action::Fill { place } => {
+                self.placing.insert(place, None);
+            }
+            Action::Copy { place, from } => {
+                self.placing.insert(place, Some(from));
+            }
+            Action::Grant {
+                epoch,
+                place,
+                frame,
+                access,
+                version,
+                ..
+            } => {
+                if self.gone.contains(&epoch) {
+                    self.wrong = Some("granted to a session that is gone");
+                }
+                if let Some(guest) = self.guest_of(epoch) {
+                    let granted = Down::Granted(place, frame, access, version);
+                    guest.down.push_back(granted);
+                }
+            }
+            Action::Refuse { ticket, .. } => {
+                // The ticket is the guest's number, and the page.
+                let (guest, page) = (ticket as usize / 8, ticket % 8);
+                if let Some(guest) = self.guests.get_mut(guest) {
+                    guest.down.push_back(Down::Refused(place(page)));
+                }
+            }
+            Action::Taken { place, frame, .. } => {
+                if let Some(frame) = frame {
+                    let value = self.memory.get(&frame).copied().unwrap_or(0);
+                    self.disk.insert(place, value);
+                }
+            }
+            Action::Free { frame } => {
+                if self.table.all.keys().any(|(_, f)| *f == frame) {
+                    self.wrong = Some("a frame is freed that has entries");
+                }
+                self.free.insert(frame);
+            }
+            Action::Recall { .. } | Action::Fence { .. } => {
+                self.wrong = Some("an action that should have become the sessions'");
+            }
+        }
+    }
+
+    /// A fill or a copy ends.
+    pub fn placed(&mut self, place: Place) {
+        let Some(from) = self.placing.remove(&place) else {
+            return;
+        };
+        let Some(frame) = self.free.pop_first() else {
+            self.step(Input::Page(Event::NotPlaced { place, errno: 12 }));
+            return;
+        };
+        if self
+            .table
+            .all
+            .iter()
+            .any(|((_, f), e)| *f == frame && e.mapped)
+        {
+            self.wrong = Some("a frame is filled that somebody has mapped");
+        }
+        let value = match from {
+            Some(from) => self.memory.get(&from).copied(),
+            None => self.disk.get(&place).copied(),
+        };
+        let value = value.unwrap_or(0);
+        self.memory.insert(frame, value);
+        if from.is_some() && self.orphaned.remove(&place) {
+            self.latest.insert(place, value);
+        }
+        self.step(Input::Page(Event::Placed { place, frame }));
+    }
+
+    /// The table is looked at for what sessions that are gone have mapped.
+    pub fn drain(&mut self) -> bool {
+        let lost: Vec<(FrameNo, Epoch)> = self.machine.pages().lost().collect();
+        let mut any = false;
+        for (frame, epoch) in lost {
+            if self.table.revoke(epoch, frame) {
+                self.step(Input::Page(Event::Drained { epoch, frame }));
+                any = true;
+            }
+        }
+        let (free, life_begin) = (&mut self.free, self.life << 32);
+        let entries = &mut self.table.all;
+        entries.retain(|(epoch, _), entry| entry.mapped || epoch.0 > life_begin);
+        let still = |frame: &FrameNo| {
+            let used = entries.keys().any(|(_, f)| f == frame);
+            if !used {
+                any = true;
+                free.insert(*frame);
+            }
+            used
+        };
+        self.left_over.retain(still);
+        any
+    }
+
+    /// The daemon is killed and another begins.
+    pub fn restart(&mut self) {
+        for (place, frame) in self.places() {
+            let value = self.memory.get(&frame).copied().unwrap_or(0);
+            self.disk.insert(place, value);
+            self.latest.insert(place, value);
+        }
+        self.table.all.retain(|_, entry| entry.mapped);
+        self.left_over = self.table.all.keys().map(|(_, frame)| *frame).collect();
+        self.free = (1..=self.frames)
+            .map(FrameNo)
+            .filter(|frame| !self.left_over.contains(frame))
+            .collect();
+        self.placing.clear();
+        self.orphaned.clear();
+        self.gone.clear();
+        self.life += 1;
+        let first = self.life << 32 | 1;
+        let grace = self.now_ms + u64::from(TERM_MS) + u64::from(TERM_MS) / 100;
+        self.machine = Strict::new(SESSIONS, self.config, (Epoch(first), Version(first)), grace);
+        for guest in &mut self.guests {
+            guest.down.clear();
+            guest.up.clear();
+            guest.wants.clear();
+        }
+    }
+
+    /// Lets go of all it has mapped.
+    pub fn unmap_all(&mut self, guest: usize) {
+        let guest = &mut self.guests[guest];
+        guest.mapped.clear();
+        if let Some(epoch) = guest.epoch {
+            for ((e, _), entry) in &mut self.table.all {
+                if *e == epoch {
+                    entry.mapped = false;
+                }
+            }
+        }
+    }
+
+    pub fn unmap(&mut self, guest: usize, place: Place) {
+        let guest = &mut self.guests[guest];
+        if let (Some(epoch), Some((frame, _))) = (guest.epoch, guest.mapped.remove(&place))
+            && let Some(entry) = self.table.all.get_mut(&(epoch, frame))
+        {
+            entry.mapped = false;
+        }
+    }
+
+    /// A guest begins anew, with nothing mapped.
+    pub fn connect(&mut self, guest: usize) {
+        self.unmap_all(guest);
+        let seen = std::mem::take(&mut self.guests[guest].seen);
+        self.guests[guest] = Guest {
+            seen,
+            ..Guest::default()
+        };
+        let connect = SessionEvent::Connect {
+            conn: guest as u64,
+            guest: Who(guest as u32),
+        };
+        self.step(Input::Session(connect));
+    }
+
+    /// The next message of a guest reaches the daemon.
+    pub fn deliver_up(&mut self, guest: usize) {
+        let Some(epoch) = self.guests[guest].epoch else {
+            return;
+        };
+        let Some(up) = self.guests[guest].up.pop_front() else {
+            return;
+        };
+        match up {
+            Up::Want(place, access) => {
+                let ticket = guest as u64 * 8 + place.page.0;
+                self.step(Input::Page(Event::Want {
+                    epoch,
+                    ticket,
+                    place,
+                    access,
+                }));
+            }
+            Up::Ack(recall) => self.step(Input::Session(SessionEvent::Ack { epoch, recall })),
+            Up::Released(place) => self.step(Input::Page(Event::Released { epoch, place })),
+            Up::Renew(asked_ms) => {
+                self.step(Input::Session(SessionEvent::Renew { epoch }));
+                // From when it asked, whenever it was heard.
+                if let Some(Down::Renewed(at)) = self.guests[guest].down.back_mut() {
+                    *at = asked_ms;
+                }
+            }
+        }
+    }
+
+    /// The next message of the daemon reaches a guest. `lie`: it acks without unmapping.
+    pub fn deliver_down(&mut self, guest: usize, lie: bool) {
+        let Some(down) = self.guests[guest].down.pop_front() else {
+            return;
+        };
+        match down {
+            Down::Granted(place, frame, access, version) => {
+                self.guests[guest].wants.remove(&place);
+                self.map(guest, place, frame, access, version);
+            }
+            Down::Refused(place) => {
+                self.guests[guest].wants.remove(&place);
+            }
+            Down::Invalidate(recall, place) => {
+                if lie {
+                    self.guests[guest].liar = true;
+                } else {
+                    self.unmap(guest, place);
+                }
+                self.guests[guest].up.push_back(Up::Ack(recall));
+            }
+            Down::Renewed(asked_ms) => {
+                let guest = &mut self.guests[guest];
+                guest.lease_until_ms = guest.lease_until_ms.max(asked_ms + SLOW_TERM_MS);
+            }
+            Down::Fenced => {
+                self.unmap_all(guest);
+                self.guests[guest].epoch = None;
+                self.guests[guest].up.clear();
+                self.guests[guest].wants.clear();
+            }
+        }
+    }
+
+    fn map(
+        &mut self,
+        guest: usize,
+        place: Place,
+        frame: FrameNo,
+        access: Access,
+        version: Version,
+    ) {
+        let Some(epoch) = self.guests[guest].epoch else {
+            return;
+        };
+        // The hypervisor's part.
+        let Some(entry) = self.table.all.get_mut(&(epoch, frame)) else {
+            return;
+        };
+        if access == Access::ReadWrite && entry.access == Access::ReadOnly {
+            return;
+        }
+        entry.mapped = true;
+        let guest = &mut self.guests[guest];
+        guest.mapped.insert(place, (frame, access));
+        let seen = guest.seen.entry(place).or_insert(version);
+        if version < *seen {
+            self.wrong = Some("a version went back");
+        }
+        *seen = version;
+    }
+}
