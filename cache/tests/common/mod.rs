@@ -22,6 +22,8 @@ pub struct Rig {
     pub dir: tempfile::TempDir,
     pub export: ExportId,
     pub acks: bool,
+    /// What was asked back and not acked: first page, pages, when.
+    pub asked: Vec<(PageIndex, u32, Instant)>,
     pub recalls: u64,
     pub retired: u64,
     pub withdrawn: u64,
@@ -87,6 +89,7 @@ impl Rig {
             dir,
             export,
             acks: true,
+            asked: Vec::new(),
             recalls: 0,
             retired: 0,
             withdrawn: 0,
@@ -143,6 +146,9 @@ impl Rig {
                     ..
                 } => {
                     self.recalls += 1;
+                    if !self.acks {
+                        self.asked.push((first, count, Instant::now()));
+                    }
                     for dom in holders.into_iter().filter(|_| self.acks) {
                         let holder = who(dom.0);
                         self.cache.unmapped(&file, holder, generation, first, count);
