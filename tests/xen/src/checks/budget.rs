@@ -128,7 +128,9 @@ pub fn budget(lab: &Lab) -> Result<String> {
             !refused.success() && (why.contains("emory") || why.contains("at most 256")),
             "{refused:?}"
         );
-        lab.show(why.trim())?;
+        // The first words say what was refused; xl's own follow, which are many.
+        let first: String = why.trim().chars().take(120).collect();
+        lab.show(&format!("budget: refused, as it should be: {first}"))?;
     }
     wait_for(lab, &daemon, SMALL_DOMAINS)?;
     let stats = daemon.json("stats")?;
@@ -152,7 +154,7 @@ pub fn budget(lab: &Lab) -> Result<String> {
         Ok(holder.said()?.contains("session").then_some(()))
     })?;
     clean(&daemon)?;
-    lab.show("larger: domains made and in use")?;
+    lab.show("budget: larger: domains made and in use")?;
 
     // What a paused guest has mapped keeps its domain, and no other.
     lab.sh(&format!("xl pause {}", guests[2].domid()))?.text()?;
@@ -176,7 +178,7 @@ pub fn budget(lab: &Lab) -> Result<String> {
         daemon.json("stats")?
     );
     clean(&daemon)?;
-    lab.show("smaller: one domain is held by a paused guest")?;
+    lab.show("budget: smaller: one domain is held by a paused guest")?;
     lab.sh(&format!("xl unpause {}", guests[2].domid()))?
         .text()?;
     wait_for(lab, &daemon, SMALL_DOMAINS)?;
@@ -196,7 +198,7 @@ pub fn budget(lab: &Lab) -> Result<String> {
     wait_for(lab, &daemon, LARGE_DOMAINS)?;
     fill(lab, &daemon)?;
     clean(&daemon)?;
-    lab.show("up while draining")?;
+    lab.show("budget: up while draining")?;
 
     // Killed while it drains, and while it makes: the next one goes on with what there is.
     for after_ms in [100, 1500] {
