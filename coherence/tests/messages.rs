@@ -5,7 +5,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use copage_coherence::msg::*;
-use copage_grants::{DomId, Epoch, PageIndex, Version};
+use copage_grants::{Access, DomId, Epoch, PageIndex, Version};
 use proptest::prelude::*;
 
 fn handle() -> impl Strategy<Value = Handle> {
@@ -94,11 +94,21 @@ impl Owned {
                 name: tail,
             },
             Request::Attach { .. } => Request::Attach { export: tail },
+            Request::Write { file, offset, data } => Request::Write {
+                file,
+                offset,
+                // Never without data.
+                data: if tail.is_empty() { data } else { tail },
+            },
             Request::Lookup { parent, .. } => Request::Lookup { parent, name: tail },
             Request::Getxattr { node, .. } => Request::Getxattr { node, name: tail },
             other => other,
         }
     }
+}
+
+fn access() -> impl Strategy<Value = Access> {
+    prop_oneof![Just(Access::ReadOnly), Just(Access::ReadWrite)]
 }
 
 fn request() -> impl Strategy<Value = Owned> {
@@ -129,9 +139,18 @@ fn request() -> impl Strategy<Value = Owned> {
         (handle(), any::<u64>()).prop_map(|(node, count)| Request::Forget { node, count }),
         (
             handle(),
-            prop_oneof![Just(OpenHow::Map), Just(OpenHow::Pin), Just(OpenHow::Read)]
+            prop_oneof![Just(OpenHow::Map), Just(OpenHow::Pin), Just(OpenHow::Read)],
+            any::<bool>()
         )
-            .prop_map(|(node, how)| Request::Open { node, how }),
+            .prop_map(|(node, how, write)| Request::Open { node, how, write }),
+        (file(), any::<u64>()).prop_map(|(file, offset)| Request::Write {
+            file,
+            offset,
+            data: b"?"
+        }),
+        (file(), any::<u64>()).prop_map(|(file, bytes)| Request::Truncate { file, bytes }),
+        file().prop_map(|file| Request::Sync { file }),
+        (file(), any::<bool>()).prop_map(|(file, common)| Request::Arena { file, common }),
         file().prop_map(|file| Request::Close { file }),
         (
             file(),
@@ -141,13 +160,15 @@ fn request() -> impl Strategy<Value = Owned> {
                 Just(FaultHint::Random),
                 Just(FaultHint::Sequential),
                 Just(FaultHint::Populate)
-            ]
+            ],
+            access()
         )
-            .prop_map(|(file, generation, range, hint)| Request::Fault {
+            .prop_map(|(file, generation, range, hint, access)| Request::Fault {
                 file,
                 generation,
                 range,
-                hint
+                hint,
+                access,
             }),
         (file(), any::<(u64, u32)>()).prop_map(|(file, (offset, len))| Request::Read {
             file,
@@ -207,6 +228,7 @@ fn notice() -> impl Strategy<Value = Notice> {
             Just(FenceReason::Removed)
         ]
         .prop_map(|reason| Notice::Fenced { reason }),
+        (file(), any::<u64>()).prop_map(|(file, bytes)| Notice::Resized { file, bytes }),
         Just(Notice::Goodbye),
     ]
 }
@@ -253,11 +275,11 @@ proptest! {
     #[test]
     fn replies_survive_the_wire(
         number in 1u64.., epoch: u64, a in attr(), h in handle(), f in file(), g in generation(),
-        r in range(), data in bytes(600), n: (u64, u64, u64, u32, u32), flags: [bool; 3], mode in 0u8..=3,
+        r in range(), data in bytes(600), n: (u64, u64, u64, u32, u32), flags: [bool; 4], mode in 0u8..=3,
         errno in 1i32..=4095, text in "\\PC{0,100}",
     ) {
         let welcome = WelcomeFlags { forced_revoke: flags[0], read_only_enforced: flags[1], userfaultfd: flags[2] };
-        let opened = OpenedFlags { descriptor: flags[0], pinned: flags[1], host_bounded: flags[2] };
+        let opened = OpenedFlags { descriptor: flags[0], pinned: flags[1], host_bounded: flags[2], coherent: flags[3] };
         let refs = vec![7u8; r.count as usize * 4];
         let replies = [
             Reply::Welcome {
@@ -271,8 +293,11 @@ proptest! {
             Reply::Bytes { data: &data },
             Reply::Dir { end: flags[0], entries: &data },
             Reply::Opened { file: f, generation: g, version: Version(n.0), bytes: n.1, flags: opened },
-            Reply::Granted { generation: g, range: r, granter: DomId(n.3 as u16), refs: &[] },
-            Reply::Granted { generation: g, range: r, granter: DomId(n.3 as u16), refs: &refs },
+            Reply::Granted { generation: g, range: r, granter: DomId(n.3 as u16), refs: &[], access: Access::ReadOnly, place: GrantedPlace::Home, version: Version(n.0) },
+            Reply::Granted { generation: g, range: r, granter: DomId(n.3 as u16), refs: &refs, access: Access::ReadWrite, place: GrantedPlace::Common { serial: n.3 }, version: Version(n.0) },
+            Reply::Granted { generation: g, range: r, granter: DomId(0), refs: &[], access: Access::ReadWrite, place: GrantedPlace::Arena, version: Version(n.0) },
+            Reply::Wrote { count: n.3, bytes: n.1 },
+            Reply::Arena { serial: n.3 },
             Reply::Stale { generation: g, version: Version(n.0), bytes: n.1 },
             Reply::StatFs(StatFs { bytes: (n.0, n.1, n.2), inodes: (n.2, n.0), name_bytes_max: n.3 }),
             Reply::Renewed { lease_ttl_ms: n.3 },
@@ -412,6 +437,7 @@ fn what_would_be_refused_is_not_sent() {
             generation: Generation(0),
             range,
             hint: FaultHint::Random,
+            access: Access::ReadOnly,
         };
         assert_eq!(
             fault.encode(1, Epoch(1), &mut out),

@@ -65,7 +65,11 @@ struct Opened {
 }
 
 fn ask_open(session: &Session, node: Handle, how: OpenHow) -> Result<Opened> {
-    let answer = session.call(&Request::Open { node, how })?;
+    let answer = session.call(&Request::Open {
+        node,
+        how,
+        write: false,
+    })?;
     match answer.reply()? {
         Reply::Opened {
             file,

@@ -107,6 +107,7 @@ impl Mapping {
                         count: (end - at) as u32,
                     },
                     hint: FaultHint::Populate,
+                    access: copage_grants::Access::ReadOnly,
                 };
                 Ok(Some((now, session.call(&request)?)))
             });

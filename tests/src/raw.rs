@@ -104,6 +104,7 @@ fn fault_request(file: &RawFile, first: u64, count: u32) -> Request<'static> {
             count,
         },
         hint: FaultHint::Populate,
+        access: copage_grants::Access::ReadOnly,
     }
 }
 
@@ -294,7 +295,13 @@ impl Raw {
 
     /// Opens a node.
     pub fn try_open(&mut self, node: Handle, how: OpenHow) -> Result<RawFile, i32> {
-        let mut came = self.ask(&Request::Open { node, how }).expect("a reply");
+        let mut came = self
+            .ask(&Request::Open {
+                node,
+                how,
+                write: false,
+            })
+            .expect("a reply");
         let fd = came.fd.take();
         match came.reply() {
             Reply::Opened {

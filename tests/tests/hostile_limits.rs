@@ -100,6 +100,7 @@ fn local_everything_opened_pinned_at_once() {
             raw.tell(&Request::Open {
                 node,
                 how: OpenHow::Pin,
+                write: false,
             })
             .unwrap(),
         );
@@ -109,6 +110,7 @@ fn local_everything_opened_pinned_at_once() {
         raw.tell(&Request::Open {
             node: large,
             how: OpenHow::Pin,
+            write: false,
         })
         .unwrap(),
     );

@@ -69,6 +69,7 @@ fn every_request(root: Handle, file: &RawFile) -> Vec<Request<'static>> {
         Request::Open {
             node: root,
             how: OpenHow::Map,
+            write: false,
         },
         Request::Close {
             file: FileToken(token.0 + 1000),
@@ -78,6 +79,7 @@ fn every_request(root: Handle, file: &RawFile) -> Vec<Request<'static>> {
             generation,
             range,
             hint: FaultHint::Random,
+            access: copage_grants::Access::ReadOnly,
         },
         Request::Read {
             file: token,
@@ -298,6 +300,7 @@ fn local_forged_and_stolen_handles_name_nothing() {
             Request::Open {
                 node,
                 how: OpenHow::Map,
+                write: false,
             },
             Request::Readdir {
                 node,
@@ -334,6 +337,7 @@ fn local_forged_and_stolen_handles_name_nothing() {
                 generation,
                 range,
                 hint,
+                access: copage_grants::Access::ReadOnly,
             },
             Request::Close { file: token },
         ] {
@@ -480,6 +484,7 @@ fn local_ranges_that_are_no_ranges() {
             count: 1,
         },
         hint: FaultHint::Random,
+        access: copage_grants::Access::ReadOnly,
     };
     for (first, count) in [
         (0, 0),

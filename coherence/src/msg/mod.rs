@@ -20,11 +20,11 @@ mod wire;
 pub use codec::{DecodeError, EncodeError, Frame, FrameKind, decode_header};
 pub use dir::{DirReader, DirWriter};
 pub use notice::{FenceReason, InvalidateReason, Notice};
-pub use reply::{Attr, DirEntry, FileKind, OpenedFlags, Reply, StatFs, WelcomeFlags};
+pub use reply::{Attr, DirEntry, FileKind, GrantedPlace, OpenedFlags, Reply, StatFs, WelcomeFlags};
 pub use request::{FaultHint, HelloFlags, OpenHow, Request};
 
 /// The protocol's version. A daemon speaks exactly one; Hello carries the guest's.
-pub const PROTOCOL_VERSION: u16 = 1;
+pub const PROTOCOL_VERSION: u16 = 2;
 /// The longest message, header and data included, in bytes.
 pub const MESSAGE_BYTES_MAX: usize = 128 * 1024 + 512;
 /// The most data in one Read reply, in bytes.

@@ -1,7 +1,9 @@
 //! What the daemon says unasked.
 
 use super::codec::{DecodeError, EncodeError, Frame, FrameKind, Parts, put};
-use super::wire::{WFenced, WInvalidate, WRange, WRebase, empty, generation, token, whole, zero};
+use super::wire::{
+    WFenced, WInvalidate, WRange, WRebase, WResized, empty, generation, token, whole, zero,
+};
 use super::{FileToken, Generation, PageRange};
 use copage_grants::{Epoch, Version};
 use zerocopy::IntoBytes;
@@ -64,6 +66,13 @@ pub enum Notice {
         /// How long the guest has, in ms.
         deadline_ms: u32,
     },
+    /// A `coherent` file has another length. What was behind its end may be there now. No Ack.
+    Resized {
+        /// Which.
+        file: FileToken,
+        /// Its length now, in bytes.
+        bytes: u64,
+    },
     /// The session counts for nothing any more; the channel closes.
     Fenced {
         /// Why.
@@ -78,6 +87,7 @@ mod code {
     pub(super) const REBASE: u8 = 2;
     pub(super) const FENCED: u8 = 3;
     pub(super) const GOODBYE: u8 = 4;
+    pub(super) const RESIZED: u8 = 5;
 }
 
 impl Notice {
@@ -153,6 +163,13 @@ impl Notice {
                 };
                 send(code::FENCED, fixed.as_bytes())
             }
+            Self::Resized { file, bytes } => {
+                let fixed = WResized {
+                    file: file.0.into(),
+                    bytes: (*bytes).into(),
+                };
+                send(code::RESIZED, fixed.as_bytes())
+            }
             Self::Goodbye => send(code::GOODBYE, &[]),
         }
     }
@@ -204,6 +221,13 @@ impl Notice {
                     _ => return Err(DecodeError::Value("fence reason")),
                 };
                 Self::Fenced { reason }
+            }
+            code::RESIZED => {
+                let w: &WResized = whole(frame.body)?;
+                Self::Resized {
+                    file: token(w.file),
+                    bytes: w.bytes.get(),
+                }
             }
             code::GOODBYE => {
                 empty(frame.body)?;

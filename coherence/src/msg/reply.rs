@@ -1,7 +1,7 @@
 //! What the daemon answers.
 
 use super::{FileToken, Generation, Handle, PageRange};
-use copage_grants::{DomId, Epoch, Version};
+use copage_grants::{Access, DomId, Epoch, Version};
 
 /// What a daemon tells of itself.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -94,6 +94,22 @@ pub struct OpenedFlags {
     /// The daemon has no kernel lease on the host's file: changes are noticed at open and on
     /// notification only.
     pub host_bounded: bool,
+    /// It is of a `coherent` export: its pages change one by one, not by generations.
+    pub coherent: bool,
+}
+
+/// What a page is mapped from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum GrantedPlace {
+    /// The home, or what the references name.
+    Home,
+    /// The session's own file for pages that it writes ([`super::Request::Arena`]).
+    Arena,
+    /// The file of pages that several write; a guest that has another serial of it asks for it again.
+    Common {
+        /// Which of them.
+        serial: u32,
+    },
 }
 
 /// A reply.
@@ -179,6 +195,12 @@ pub enum Reply<'a> {
         granter: DomId,
         /// Xen: one grant reference for each page, each four bytes; local: empty.
         refs: &'a [u8],
+        /// How they may be mapped. Writing: they may be read too.
+        access: Access,
+        /// What from.
+        place: GrantedPlace,
+        /// The version of the first of them; 0 where all pages of a generation have one, which Opened said.
+        version: Version,
     },
     /// To Fault: the file has a newer content. The new home's descriptor is beside the message.
     Stale {
@@ -196,7 +218,19 @@ pub enum Reply<'a> {
         /// The lease from the moment the daemon got the request, in ms.
         lease_ttl_ms: u32,
     },
-    /// To Close.
+    /// To Write.
+    Wrote {
+        /// How many bytes, from the first on: fewer than asked when the rest failed.
+        count: u32,
+        /// The file's length now, in bytes.
+        bytes: u64,
+    },
+    /// To Arena: the descriptor is beside the message.
+    Arena {
+        /// See [`GrantedPlace::Common`]; 0 of a session's own.
+        serial: u32,
+    },
+    /// To Close, Truncate, Sync.
     Done,
     /// To anything.
     Error {

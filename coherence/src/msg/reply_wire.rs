@@ -2,10 +2,11 @@
 
 use super::ERROR_TEXT_BYTES_MAX;
 use super::codec::{DecodeError, EncodeError, Frame, FrameKind, Parts, put};
-use super::reply::{OpenedFlags, Reply, WelcomeFlags};
+use super::reply::{GrantedPlace, OpenedFlags, Reply, WelcomeFlags};
 use super::wire::{
-    WAttached, WAttr, WDir, WEntry, WError, WGranted, WOpened, WRange, WRenewed, WStale, WStatFs,
-    WWelcome, bits, empty, generation, take, token, whole, zero,
+    WArenaReply, WAttached, WAttr, WDir, WEntry, WError, WGranted, WOpened, WRange, WRenewed,
+    WStale, WStatFs, WWelcome, WWrote, access, access_code, bits, empty, generation, take, token,
+    whole, zero,
 };
 use copage_grants::{DomId, Epoch, Version};
 use zerocopy::IntoBytes;
@@ -25,6 +26,8 @@ mod code {
     pub(super) const RENEWED: u8 = 12;
     pub(super) const DONE: u8 = 13;
     pub(super) const ERROR: u8 = 14;
+    pub(super) const WROTE: u8 = 15;
+    pub(super) const ARENA: u8 = 16;
 }
 
 const WELCOME_FORCED_REVOKE: u32 = 1;
@@ -33,6 +36,10 @@ const WELCOME_USERFAULTFD: u32 = 4;
 const OPENED_DESCRIPTOR: u32 = 1;
 const OPENED_PINNED: u32 = 2;
 const OPENED_HOST_BOUNDED: u32 = 4;
+const OPENED_COHERENT: u32 = 8;
+const PLACE_HOME: u8 = 0;
+const PLACE_ARENA: u8 = 1;
+const PLACE_COMMON: u8 = 2;
 const DIR_END: u32 = 1;
 /// shm, the last of the export modes.
 const MODE_MAX: u8 = 3;
@@ -127,7 +134,8 @@ impl<'a> Reply<'a> {
             } => {
                 let flags = flag(flags.descriptor, OPENED_DESCRIPTOR)
                     | flag(flags.pinned, OPENED_PINNED)
-                    | flag(flags.host_bounded, OPENED_HOST_BOUNDED);
+                    | flag(flags.host_bounded, OPENED_HOST_BOUNDED)
+                    | flag(flags.coherent, OPENED_COHERENT);
                 let fixed = WOpened {
                     file: file.0.into(),
                     version: version.0.into(),
@@ -142,15 +150,24 @@ impl<'a> Reply<'a> {
                 range,
                 granter,
                 refs,
+                access,
+                place,
+                version,
             } => {
                 if !refs_fit(refs, range.count) {
                     return Err(EncodeError::Value("grant references"));
                 }
+                let (place, serial) = place_code(*place);
                 let fixed = WGranted {
                     generation: generation.0.into(),
                     granter: granter.0.into(),
-                    reserved: 0.into(),
+                    // 1 or 2.
+                    access: access_code(*access) as u8,
+                    place,
                     range: WRange::new(*range)?,
+                    version: version.0.into(),
+                    serial: serial.into(),
+                    reserved: 0.into(),
                 };
                 send(code::GRANTED, fixed.as_bytes(), refs)
             }
@@ -174,6 +191,21 @@ impl<'a> Reply<'a> {
                     reserved: 0.into(),
                 };
                 send(code::RENEWED, fixed.as_bytes(), &[])
+            }
+            Self::Wrote { count, bytes } => {
+                let fixed = WWrote {
+                    count: (*count).into(),
+                    reserved: 0.into(),
+                    bytes: (*bytes).into(),
+                };
+                send(code::WROTE, fixed.as_bytes(), &[])
+            }
+            Self::Arena { serial } => {
+                let fixed = WArenaReply {
+                    serial: (*serial).into(),
+                    reserved: 0.into(),
+                };
+                send(code::ARENA, fixed.as_bytes(), &[])
             }
             Self::Done => send(code::DONE, &[], &[]),
             Self::Error { errno, text } => {
@@ -254,7 +286,8 @@ impl<'a> Reply<'a> {
             }
             code::OPENED => {
                 let w: &WOpened = whole(body)?;
-                let known = OPENED_DESCRIPTOR | OPENED_PINNED | OPENED_HOST_BOUNDED;
+                let known =
+                    OPENED_DESCRIPTOR | OPENED_PINNED | OPENED_HOST_BOUNDED | OPENED_COHERENT;
                 let flags = bits(w.flags.get(), known)?;
                 Self::Opened {
                     file: token(w.file),
@@ -265,6 +298,7 @@ impl<'a> Reply<'a> {
                         descriptor: flags & OPENED_DESCRIPTOR != 0,
                         pinned: flags & OPENED_PINNED != 0,
                         host_bounded: flags & OPENED_HOST_BOUNDED != 0,
+                        coherent: flags & OPENED_COHERENT != 0,
                     },
                 }
             }
@@ -280,6 +314,9 @@ impl<'a> Reply<'a> {
                     range,
                     granter: DomId(w.granter.get()),
                     refs,
+                    access: access(w.access.into())?,
+                    place: granted_place(w.place, w.serial.get())?,
+                    version: Version(w.version.get()),
                 }
             }
             code::STALE => {
@@ -299,6 +336,21 @@ impl<'a> Reply<'a> {
                     lease_ttl_ms: w.lease_ttl_ms.get(),
                 }
             }
+            code::WROTE => {
+                let w: &WWrote = whole(body)?;
+                zero(w.reserved.get().into())?;
+                Self::Wrote {
+                    count: w.count.get(),
+                    bytes: w.bytes.get(),
+                }
+            }
+            code::ARENA => {
+                let w: &WArenaReply = whole(body)?;
+                zero(w.reserved.get().into())?;
+                Self::Arena {
+                    serial: w.serial.get(),
+                }
+            }
             code::DONE => {
                 empty(body)?;
                 Self::Done
@@ -316,6 +368,24 @@ impl<'a> Reply<'a> {
             }
             _ => return Err(frame.unknown()),
         })
+    }
+}
+
+const fn place_code(place: GrantedPlace) -> (u8, u32) {
+    match place {
+        GrantedPlace::Home => (PLACE_HOME, 0),
+        GrantedPlace::Arena => (PLACE_ARENA, 0),
+        GrantedPlace::Common { serial } => (PLACE_COMMON, serial),
+    }
+}
+
+fn granted_place(code: u8, serial: u32) -> Result<GrantedPlace, DecodeError> {
+    match (code, serial) {
+        (PLACE_HOME, 0) => Ok(GrantedPlace::Home),
+        (PLACE_ARENA, 0) => Ok(GrantedPlace::Arena),
+        (PLACE_COMMON, serial) => Ok(GrantedPlace::Common { serial }),
+        (PLACE_HOME | PLACE_ARENA, _) => Err(DecodeError::Reserved),
+        _ => Err(DecodeError::Value("place")),
     }
 }
 

@@ -1,6 +1,7 @@
 //! What a guest asks.
 
 use super::{FileToken, Generation, Handle, PageRange};
+use copage_grants::Access;
 
 /// What a guest tells of itself.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -108,6 +109,8 @@ pub enum Request<'a> {
         node: Handle,
         /// What for.
         how: OpenHow,
+        /// To write too: of a `coherent` export only, and never to pin.
+        write: bool,
     },
     /// Ends an open: its grants and pins. Reply: Done.
     Close {
@@ -124,6 +127,8 @@ pub enum Request<'a> {
         range: PageRange,
         /// Why.
         hint: FaultHint,
+        /// How. Writing: of a file that is open for it.
+        access: Access,
     },
     /// Copies bytes. Reply: Bytes; fewer than asked only at the end of the file.
     Read {
@@ -133,6 +138,35 @@ pub enum Request<'a> {
         offset: u64,
         /// At most [`super::DATA_BYTES_MAX`].
         len: u32,
+    },
+    /// Stores bytes in a file that is open for writing, beyond its end too. Reply: Wrote, when no crash of the
+    /// daemon can undo it any more.
+    Write {
+        /// In what.
+        file: FileToken,
+        /// Where, in bytes.
+        offset: u64,
+        /// 1 to [`super::DATA_BYTES_MAX`] bytes.
+        data: &'a [u8],
+    },
+    /// Gives a file that is open for writing another length. Reply: Done, when nobody can use what was cut off.
+    Truncate {
+        /// Which.
+        file: FileToken,
+        /// Its length from then on, in bytes.
+        bytes: u64,
+    },
+    /// Wants everything that anybody has stored in the file by now on the disk. Reply: Done.
+    Sync {
+        /// Which.
+        file: FileToken,
+    },
+    /// Wants the file that pages for writing are mapped from, where guests use descriptors. Reply: Arena.
+    Arena {
+        /// Of which file, open for writing.
+        file: FileToken,
+        /// The one of several writers, not the session's own.
+        common: bool,
     },
     /// The guest did what a notice asked. No reply.
     Ack {

@@ -1,12 +1,12 @@
 //! Requests on the wire.
 
-use super::Handle;
 use super::codec::{DecodeError, EncodeError, Frame, FrameKind, Parts, put};
 use super::request::{FaultHint, HelloFlags, OpenHow, Request};
 use super::wire::{
-    WFault, WForget, WHandle, WHello, WOpen, WRange, WRead, WReaddir, WUnmapped, bits, empty,
-    generation, take, token, whole, zero,
+    WArena, WFault, WForget, WHandle, WHello, WOpen, WRange, WRead, WReaddir, WTruncate, WUnmapped,
+    WWrite, access, access_code, bits, empty, generation, take, token, whole, zero,
 };
+use super::{DATA_BYTES_MAX, Handle};
 use copage_grants::Epoch;
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::U64;
@@ -31,10 +31,16 @@ mod code {
     pub(super) const RENEW: u8 = 17;
     pub(super) const STATFS: u8 = 18;
     pub(super) const BYE: u8 = 19;
+    pub(super) const WRITE: u8 = 20;
+    pub(super) const TRUNCATE: u8 = 21;
+    pub(super) const SYNC: u8 = 22;
+    pub(super) const ARENA: u8 = 23;
 }
 
 const HELLO_WANTS_USERFAULTFD: u32 = 1;
 const READDIR_HANDLES: u32 = 1;
+const OPEN_WRITE: u32 = 1;
+const ARENA_COMMON: u32 = 1;
 
 impl<'a> Request<'a> {
     /// Is there a reply to this request?
@@ -115,7 +121,7 @@ impl<'a> Request<'a> {
                 };
                 send(code::FORGET, fixed.as_bytes(), &[])
             }
-            Self::Open { node, how } => {
+            Self::Open { node, how, write } => {
                 let how: u32 = match how {
                     OpenHow::Map => 1,
                     OpenHow::Pin => 2,
@@ -124,7 +130,7 @@ impl<'a> Request<'a> {
                 let fixed = WOpen {
                     node: handle(node),
                     how: how.into(),
-                    reserved: 0.into(),
+                    flags: if write { OPEN_WRITE } else { 0 }.into(),
                 };
                 send(code::OPEN, fixed.as_bytes(), &[])
             }
@@ -134,6 +140,7 @@ impl<'a> Request<'a> {
                 generation,
                 range,
                 hint,
+                access,
             } => {
                 let hint: u32 = match hint {
                     FaultHint::Random => 1,
@@ -145,6 +152,8 @@ impl<'a> Request<'a> {
                     generation: generation.0.into(),
                     hint: hint.into(),
                     range: WRange::new(range)?,
+                    access: access_code(access).into(),
+                    reserved: 0.into(),
                 };
                 send(code::FAULT, fixed.as_bytes(), &[])
             }
@@ -156,6 +165,32 @@ impl<'a> Request<'a> {
                     reserved: 0.into(),
                 };
                 send(code::READ, fixed.as_bytes(), &[])
+            }
+            Self::Write { file, offset, data } => {
+                if data.is_empty() || data.len() > DATA_BYTES_MAX as usize {
+                    return Err(EncodeError::Value("data"));
+                }
+                let fixed = WWrite {
+                    file: file.0.into(),
+                    offset: offset.into(),
+                };
+                send(code::WRITE, fixed.as_bytes(), data)
+            }
+            Self::Truncate { file, bytes } => {
+                let fixed = WTruncate {
+                    file: file.0.into(),
+                    bytes: bytes.into(),
+                };
+                send(code::TRUNCATE, fixed.as_bytes(), &[])
+            }
+            Self::Sync { file } => send(code::SYNC, U64::new(file.0).as_bytes(), &[]),
+            Self::Arena { file, common } => {
+                let fixed = WArena {
+                    file: file.0.into(),
+                    flags: if common { ARENA_COMMON } else { 0 }.into(),
+                    reserved: 0.into(),
+                };
+                send(code::ARENA, fixed.as_bytes(), &[])
             }
             Self::Ack { recall } => send(code::ACK, U64::new(recall).as_bytes(), &[]),
             Self::Unmapped {
@@ -240,7 +275,7 @@ impl<'a> Request<'a> {
             }
             code::OPEN => {
                 let w: &WOpen = whole(body)?;
-                zero(w.reserved.get().into())?;
+                let flags = bits(w.flags.get(), OPEN_WRITE)?;
                 let how = match w.how.get() {
                     1 => OpenHow::Map,
                     2 => OpenHow::Pin,
@@ -250,6 +285,7 @@ impl<'a> Request<'a> {
                 Self::Open {
                     node: w.node.into(),
                     how,
+                    write: flags & OPEN_WRITE != 0,
                 }
             }
             code::CLOSE => Self::Close {
@@ -257,6 +293,7 @@ impl<'a> Request<'a> {
             },
             code::FAULT => {
                 let w: &WFault = whole(body)?;
+                zero(w.reserved.get().into())?;
                 let hint = match w.hint.get() {
                     1 => FaultHint::Random,
                     2 => FaultHint::Sequential,
@@ -268,6 +305,7 @@ impl<'a> Request<'a> {
                     generation: generation(w.generation),
                     range: w.range.get()?,
                     hint,
+                    access: access(w.access.get())?,
                 }
             }
             code::READ => {
@@ -277,6 +315,35 @@ impl<'a> Request<'a> {
                     file: token(w.file),
                     offset: w.offset.get(),
                     len: w.len.get(),
+                }
+            }
+            code::WRITE => {
+                let (w, data): (&WWrite, _) = take(body)?;
+                if data.is_empty() || data.len() > DATA_BYTES_MAX as usize {
+                    return Err(DecodeError::Value("data"));
+                }
+                Self::Write {
+                    file: token(w.file),
+                    offset: w.offset.get(),
+                    data,
+                }
+            }
+            code::TRUNCATE => {
+                let w: &WTruncate = whole(body)?;
+                Self::Truncate {
+                    file: token(w.file),
+                    bytes: w.bytes.get(),
+                }
+            }
+            code::SYNC => Self::Sync {
+                file: token(*whole(body)?),
+            },
+            code::ARENA => {
+                let w: &WArena = whole(body)?;
+                zero(w.reserved.get().into())?;
+                Self::Arena {
+                    file: token(w.file),
+                    common: bits(w.flags.get(), ARENA_COMMON)? & ARENA_COMMON != 0,
                 }
             }
             code::ACK => Self::Ack {

@@ -6,7 +6,7 @@
 use super::codec::{DecodeError, EncodeError};
 use super::reply::{Attr, FileKind, StatFs};
 use super::{FileToken, Generation, Handle, PageRange};
-use copage_grants::PageIndex;
+use copage_grants::{Access, PageIndex};
 use zerocopy::little_endian::{I32, I64, U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -82,8 +82,11 @@ wire! {
     WHello[24] { version: U16, reserved: U16, flags: U32, uuid: [u8; 16] }
     WReaddir[32] { node: WHandle, cookie: U64, bytes_max: U32, flags: U32 }
     WForget[24] { node: WHandle, count: U64 }
-    WOpen[24] { node: WHandle, how: U32, reserved: U32 }
-    WFault[32] { file: U64, generation: U32, hint: U32, range: WRange }
+    WOpen[24] { node: WHandle, how: U32, flags: U32 }
+    WFault[40] { file: U64, generation: U32, hint: U32, range: WRange, access: U32, reserved: U32 }
+    WWrite[16] { file: U64, offset: U64 }
+    WTruncate[16] { file: U64, bytes: U64 }
+    WArena[16] { file: U64, flags: U32, reserved: U32 }
     WRead[24] { file: U64, offset: U64, len: U32, reserved: U32 }
     WUnmapped[32] { file: U64, generation: U32, reserved: U32, range: WRange }
 
@@ -96,7 +99,12 @@ wire! {
     WEntry[112] { node: WHandle, attr: WAttr }
     WDir[8] { flags: U32, reserved: U32 }
     WOpened[32] { file: U64, version: U64, bytes: U64, generation: U32, flags: U32 }
-    WGranted[24] { generation: U32, granter: U16, reserved: U16, range: WRange }
+    WGranted[40] {
+        generation: U32, granter: U16, access: u8, place: u8, range: WRange, version: U64,
+        serial: U32, reserved: U32,
+    }
+    WWrote[16] { count: U32, reserved: U32, bytes: U64 }
+    WArenaReply[8] { serial: U32, reserved: U32 }
     WStale[24] { generation: U32, reserved: U32, version: U64, bytes: U64 }
     WStatFs[48] {
         bytes: U64, bytes_free: U64, bytes_available: U64, inodes: U64, inodes_free: U64,
@@ -112,6 +120,7 @@ wire! {
     }
     WRebase[40] { recall: U64, file: U64, version: U64, bytes: U64, generation: U32, deadline_ms: U32 }
     WFenced[8] { reason: U32, reserved: U32 }
+    WResized[16] { file: U64, bytes: U64 }
 }
 
 impl From<Handle> for WHandle {
@@ -185,6 +194,21 @@ pub(super) const fn token(value: U64) -> FileToken {
 
 pub(super) const fn generation(value: U32) -> Generation {
     Generation(value.get())
+}
+
+pub(super) const fn access_code(access: Access) -> u32 {
+    match access {
+        Access::ReadOnly => 1,
+        Access::ReadWrite => 2,
+    }
+}
+
+pub(super) const fn access(code: u32) -> Result<Access, DecodeError> {
+    Ok(match code {
+        1 => Access::ReadOnly,
+        2 => Access::ReadWrite,
+        _ => return Err(DecodeError::Value("access")),
+    })
 }
 
 pub(super) const fn file_kind_code(kind: FileKind) -> u8 {

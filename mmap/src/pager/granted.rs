@@ -254,6 +254,7 @@ impl Pager {
                 generation,
                 range,
                 hint: FaultHint::Random,
+                access: copage_grants::Access::ReadOnly,
             },
         );
         flight.spoiled = Arc::default();

@@ -135,6 +135,8 @@ impl Pager {
                     None => recall.ack(),
                 }
             }
+            // Of files that can be written, which this library does not open yet.
+            Notice::Resized { .. } => {}
             Notice::Fenced { reason } => self.lose(LostWhy::Fenced(reason)),
             Notice::Goodbye => self.lose(LostWhy::Stopped),
         }

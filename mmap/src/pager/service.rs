@@ -167,6 +167,7 @@ impl Pager {
                 generation,
                 range,
                 hint,
+                access: copage_grants::Access::ReadOnly,
             },
         );
         let mut flight = InFlight::new(file, stamp, (first, count), waiter);

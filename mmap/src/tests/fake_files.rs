@@ -270,6 +270,7 @@ impl State {
                         descriptor: self.standin.is_none(),
                         pinned: how == OpenHow::Pin,
                         host_bounded: false,
+                        coherent: false,
                     },
                 };
                 if self.standin.is_some() {
@@ -385,6 +386,9 @@ impl State {
                 },
                 granter: DomId(StandIn::GRANTER),
                 refs: bytes.leak(),
+                access: copage_grants::Access::ReadOnly,
+                place: copage_coherence::msg::GrantedPlace::Home,
+                version: copage_grants::Version(0),
             };
             return Some((granted, None));
         }
@@ -400,6 +404,9 @@ impl State {
             },
             granter: DomId(0),
             refs: &[],
+            access: copage_grants::Access::ReadOnly,
+            place: copage_coherence::msg::GrantedPlace::Home,
+            version: copage_grants::Version(0),
         };
         Some((granted, None))
     }

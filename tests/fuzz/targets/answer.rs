@@ -93,15 +93,13 @@ fn good() -> Vec<Vec<u8>> {
             flags: OpenedFlags {
                 descriptor: true,
                 pinned: true,
-                host_bounded: true,
-            },
+                host_bounded: true, coherent: false, },
         },
         Reply::Granted {
             generation,
             range,
             granter: DomId(0),
-            refs: b"",
-        },
+            refs: b"", access: copage_grants::Access::ReadOnly, place: copage_coherence::msg::GrantedPlace::Home, version: copage_grants::Version(0), },
         Reply::Stale {
             generation,
             version,

@@ -62,15 +62,13 @@ fn good() -> Vec<Vec<u8>> {
         Request::Forget { node, count: 9 },
         Request::Open {
             node,
-            how: OpenHow::Pin,
-        },
+            how: OpenHow::Pin, write: false, },
         Request::Close { file },
         Request::Fault {
             file,
             generation,
             range,
-            hint: FaultHint::Populate,
-        },
+            hint: FaultHint::Populate, access: copage_grants::Access::ReadOnly, },
         Request::Read {
             file,
             offset: 10,

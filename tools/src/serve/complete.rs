@@ -251,6 +251,7 @@ impl Ctx {
             descriptor: fd.is_some(),
             pinned: how == OpenHow::Pin,
             host_bounded: state.host_bounded,
+            coherent: false,
         };
         self.openers
             .entry(file.id)

@@ -7,12 +7,12 @@ use super::limits::STRIKES_MAX;
 use super::session::{Conn, Hello, Session};
 use copage_cache::{FaultDone, FaultOutcome, MetaOp, NodeRef, OpenHow};
 use copage_coherence::msg::{
-    DATA_BYTES_MAX, FAULT_PAGES_MAX, FenceReason, FileToken, Generation, Handle, HelloFlags,
-    NAME_BYTES_MAX, PROTOCOL_VERSION, PageRange, Reply, Request, decode_header,
+    DATA_BYTES_MAX, FAULT_PAGES_MAX, FenceReason, FileToken, Generation, GrantedPlace, Handle,
+    HelloFlags, NAME_BYTES_MAX, PROTOCOL_VERSION, PageRange, Reply, Request, decode_header,
 };
 use copage_coherence::session::{Action, Event, Guest};
-use copage_grants::DomId;
 use copage_grants::channel::Peer;
+use copage_grants::{Access, DomId, Version};
 
 /// The longest name of an extended attribute, in bytes (`XATTR_NAME_MAX`, linux/limits.h).
 const XATTR_NAME_BYTES_MAX: usize = 255;
@@ -33,6 +33,7 @@ const NO_HANDLE: Refusal = (
     libc::EBADF,
     "this handle is not of this session, or was given back",
 );
+const READ_ONLY: Refusal = (libc::EROFS, "the export is read-only");
 const NO_FILE: Refusal = (libc::EBADF, "this session has no such open file");
 
 impl Ctx {
@@ -246,7 +247,20 @@ impl Ctx {
                     guest.handles = guest.handles.saturating_sub(1);
                 }
             }
-            Request::Open { node: handle, how } => {
+            Request::Open { write: true, .. }
+            | Request::Fault {
+                access: Access::ReadWrite,
+                ..
+            }
+            | Request::Write { .. }
+            | Request::Truncate { .. }
+            | Request::Sync { .. }
+            | Request::Arena { .. } => return Err(READ_ONLY),
+            Request::Open {
+                node: handle,
+                how,
+                write: false,
+            } => {
                 let node = node(session, handle)?;
                 self.open(conn, session, number, node, convert::open_how(how))?;
             }
@@ -269,6 +283,7 @@ impl Ctx {
                 generation,
                 range,
                 hint,
+                access: Access::ReadOnly,
             } => {
                 let hint = convert::fault_hint(hint);
                 self.fault(conn, session, number, (file, generation, range), hint)?;
@@ -419,6 +434,9 @@ impl Ctx {
                     range: PageRange { first, count },
                     granter,
                     refs: &refs,
+                    access: Access::ReadOnly,
+                    place: GrantedPlace::Home,
+                    version: Version(0),
                 };
                 self.answer(conn, session, number, &reply);
             }

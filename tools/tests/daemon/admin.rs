@@ -168,6 +168,7 @@ fn local_admin_shows_pages_and_grants() {
     let came = a.call(&Request::Open {
         node: big,
         how: OpenHow::Map,
+        write: false,
     });
     let Reply::Opened {
         file, generation, ..
@@ -184,6 +185,7 @@ fn local_admin_shows_pages_and_grants() {
         generation,
         range,
         hint: FaultHint::Populate,
+        access: copage_grants::Access::ReadOnly,
     });
     let AdminReply::Pages(pages) = host.admin(&AdminRequest::Pages {
         path: "data/big".into(),

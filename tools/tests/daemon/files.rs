@@ -8,7 +8,11 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::fs::MetadataExt;
 
 fn open(guest: &mut Guest, node: Handle, how: OpenHow) -> (FileToken, Generation, Came) {
-    let came = guest.call(&Request::Open { node, how });
+    let came = guest.call(&Request::Open {
+        node,
+        how,
+        write: false,
+    });
     let (file, generation) = match came.reply() {
         Reply::Opened {
             file, generation, ..
@@ -45,7 +49,8 @@ fn local_the_tree_is_the_hosts() {
     assert_ne!(
         a.call(&Request::Open {
             node: dir,
-            how: OpenHow::Map
+            how: OpenHow::Map,
+            write: false,
         })
         .errno(),
         0
@@ -171,6 +176,7 @@ fn local_faults_bring_pages() {
             generation,
             range,
             hint: FaultHint::Random,
+            access: copage_grants::Access::ReadOnly,
         })
     };
     for first in [0, 200, 17, 255] {
@@ -208,6 +214,7 @@ fn local_faults_bring_pages() {
         generation: generation_b,
         range,
         hint,
+        access: copage_grants::Access::ReadOnly,
     });
     assert!(matches!(came.reply(), Reply::Granted { .. }));
     // Nobody uses another's token.
@@ -216,6 +223,7 @@ fn local_faults_bring_pages() {
         generation,
         range,
         hint,
+        access: copage_grants::Access::ReadOnly,
     };
     assert_eq!(b.call(&stolen).errno(), libc::EBADF);
 }
@@ -258,6 +266,7 @@ fn local_a_pinned_file_gives_no_home_with_holes() {
             generation,
             range,
             hint: FaultHint::Random,
+            access: copage_grants::Access::ReadOnly,
         });
         assert!(came.fd.is_none(), "{:?}", came.reply());
         std::thread::sleep(std::time::Duration::from_millis(50));
@@ -278,6 +287,7 @@ fn local_open_files_have_a_bound() {
     let third = Request::Open {
         node: hello,
         how: OpenHow::Read,
+        write: false,
     };
     assert_eq!(a.call(&third).errno(), libc::EMFILE);
     a.call(&Request::Close { file: first });

@@ -88,6 +88,7 @@ fn local_forged_handles_name_nothing() {
         Request::Open {
             node: hello,
             how: OpenHow::Read,
+            write: false,
         },
     ] {
         assert_eq!(b.call(&request).errno(), libc::EBADF, "{request:?}");
@@ -121,6 +122,7 @@ fn local_forged_files_name_nothing() {
             generation,
             range,
             hint: FaultHint::Random,
+            access: copage_grants::Access::ReadOnly,
         };
         assert_eq!(a.call(&fault).errno(), libc::EBADF);
         assert_eq!(
@@ -173,7 +175,8 @@ fn local_names_lead_nowhere_else() {
     assert_ne!(
         a.call(&Request::Open {
             node: link,
-            how: OpenHow::Read
+            how: OpenHow::Read,
+            write: false,
         })
         .errno(),
         0

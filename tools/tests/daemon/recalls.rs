@@ -16,6 +16,7 @@ fn holder(host: &Host) -> (Guest, FileToken, Generation, OwnedFd) {
     let came = guest.call(&Request::Open {
         node,
         how: OpenHow::Map,
+        write: false,
     });
     let Reply::Opened {
         file, generation, ..
@@ -32,6 +33,7 @@ fn holder(host: &Host) -> (Guest, FileToken, Generation, OwnedFd) {
         generation,
         range,
         hint: FaultHint::Populate,
+        access: copage_grants::Access::ReadOnly,
     };
     assert!(matches!(guest.call(&fault).reply(), Reply::Granted { .. }));
     (guest, file, generation, came.fd.unwrap())
@@ -199,6 +201,7 @@ fn local_changed_files_are_rebased() {
             generation,
             range,
             hint,
+            access: copage_grants::Access::ReadOnly,
         });
         assert!(
             matches!(stale.reply(), Reply::Stale { bytes: 9, .. }),
@@ -211,6 +214,7 @@ fn local_changed_files_are_rebased() {
             generation: rebase,
             range,
             hint,
+            access: copage_grants::Access::ReadOnly,
         });
         assert!(matches!(
             now.reply(),
@@ -235,7 +239,11 @@ fn local_many_new_homes_at_once_fence_nobody_else() {
         for n in 0..FILES {
             let (node, _) = guest.lookup(root, format!("f{n}").as_bytes()).unwrap();
             let how = OpenHow::Map;
-            let came = guest.call(&Request::Open { node, how });
+            let came = guest.call(&Request::Open {
+                node,
+                how,
+                write: false,
+            });
             assert!(matches!(came.reply(), Reply::Opened { .. }));
             guest.call(&Request::Renew);
         }

@@ -76,6 +76,7 @@ pub fn mute(arguments: &[&str]) -> Result<()> {
                         say(&format!("fenced {reason:?} after {ms} ms"))?;
                         lost = true;
                     }
+                    Notice::Resized { .. } => {}
                     Notice::Goodbye => bail!("the daemon stops"),
                 }
             }
