@@ -14,7 +14,7 @@
 mod world;
 
 use copage_coherence::session::Event as SessionEvent;
-use copage_coherence::strict::{Event, Input, StrictConfig};
+use copage_coherence::strict::{DAEMON, Event, Input, StrictConfig};
 use copage_grants::Access;
 use stateright::{Checker, Model, Property};
 use world::{Left, PAGES, Up, World, place};
@@ -47,6 +47,10 @@ enum Do {
     /// A guest's process ends.
     Die(usize),
     Placed(u64),
+    Saved(u64),
+    NotSaved(u64),
+    /// The daemon reads or writes for somebody who has no mapping.
+    Daemon(u64, Access),
     Take(u64),
     Drain,
     /// Until something falls due.
@@ -127,8 +131,20 @@ impl Model for Bounds {
             if world.placing.contains_key(&place(page)) {
                 actions.push(Do::Placed(page));
             }
+            if world.saving.contains_key(&place(page)) {
+                actions.push(Do::Saved(page));
+                if left.fails > 0 {
+                    actions.push(Do::NotSaved(page));
+                }
+            }
             if left.takes > 0 {
                 actions.push(Do::Take(page));
+            }
+            if left.looks > 0 {
+                actions.push(Do::Daemon(page, Access::ReadOnly));
+            }
+            if left.writes > 0 {
+                actions.push(Do::Daemon(page, Access::ReadWrite));
             }
         }
         if world.machine.pages().lost().next().is_some() || !world.left_over.is_empty() {
@@ -169,12 +185,8 @@ impl Model for Bounds {
             Do::Store(n, page) => {
                 w.left.stores -= 1;
                 let (frame, _) = *w.guests[n].mapped.get(&place(page))?;
-                let value = w.next_value;
-                w.next_value += 1;
-                w.memory.insert(frame, value);
-                if w.guests[n].epoch.is_some_and(|epoch| w.counts(epoch)) {
-                    w.latest.insert(place(page), value);
-                }
+                let epoch = w.guests[n].epoch?;
+                w.store(epoch, place(page), frame);
             }
             Do::Up(n) => w.deliver_up(n),
             Do::Down(n) => w.deliver_down(n, false),
@@ -193,6 +205,24 @@ impl Model for Bounds {
                 w.guests[n].epoch = None;
             }
             Do::Placed(page) => w.placed(place(page)),
+            Do::Saved(page) => w.saved(place(page)),
+            Do::NotSaved(page) => {
+                w.left.fails -= 1;
+                w.not_saved(place(page));
+            }
+            Do::Daemon(page, access) => {
+                match access {
+                    Access::ReadOnly => w.left.looks -= 1,
+                    Access::ReadWrite => w.left.writes -= 1,
+                }
+                let (epoch, ticket, place) = (DAEMON, u64::MAX, place(page));
+                w.step(Input::Page(Event::Want {
+                    epoch,
+                    ticket,
+                    place,
+                    access,
+                }));
+            }
             Do::Take(page) => {
                 w.left.takes -= 1;
                 let (ticket, place) = (u64::MAX, place(page));
@@ -224,11 +254,16 @@ impl Model for Bounds {
             Property::always("who counts reads the newest store", reads_newest),
             Property::always("one writer, or one frame for all", one_writer),
             Property::always("who may write a frame has it alone", alone),
+            Property::always("what a second session sees is on the disk", seen_is_saved),
+            Property::always("what a writer released is saved", released_is_saved),
+            Property::always("accounts say what pages say", |_, w: &World| {
+                w.machine.pages().accounts_hold()
+            }),
             Property::always("who waits, waits for something", |_, w: &World| {
                 w.machine.pages().forgotten().is_none()
             }),
             Property::always("a writer gets the page in time", progress),
-            Property::sometimes("a page was written by two", |_, w: &World| w.next_value > 2),
+            Property::sometimes("a page was written by two", |_, w: &World| w.is_by_two()),
         ]
     }
 }
@@ -249,6 +284,32 @@ fn reads_newest(_: &Bounds, w: &World) -> bool {
                 let newest = w.latest.get(place).copied().unwrap_or(0);
                 w.memory.get(frame).copied().unwrap_or(0) == newest
             })
+    })
+}
+
+fn seen_is_saved(_: &Bounds, w: &World) -> bool {
+    w.guests.iter().filter(|guest| !guest.liar).all(|guest| {
+        guest.mapped.iter().all(|(place, (frame, _))| {
+            guest.epoch.is_none_or(|epoch| {
+                !w.counts(epoch)
+                    || !w.usable(guest, *frame)
+                    || !w.is_seen_unsaved(epoch, *place, *frame)
+            })
+        })
+    })
+}
+
+/// Or will be before anything else is done with it.
+fn released_is_saved(bounds: &Bounds, w: &World) -> bool {
+    (0..bounds.pages).map(place).all(|at| {
+        let pages = w.machine.pages();
+        let Some((frame, _)) = pages.content(at) else {
+            return true;
+        };
+        let written = pages.holders(at).any(|(_, a)| a == Access::ReadWrite);
+        let under_way = w.saving.contains_key(&at) || w.placing.contains_key(&at);
+        let waits = under_way || w.unsaved.contains(&at) || w.orphaned.contains(&at);
+        written || waits || w.on_disk(at) == w.value(frame)
     })
 }
 
@@ -322,6 +383,7 @@ fn progress(bounds: &Bounds, world: &World) -> bool {
         turns += 1;
         for page in 0..bounds.pages {
             w.placed(place(page));
+            w.saved(place(page));
         }
         w.drain();
         if waits(&w) == 0 {
@@ -330,7 +392,7 @@ fn progress(bounds: &Bounds, world: &World) -> bool {
         let Some(at) = w.machine.next_due_ms() else {
             return false;
         };
-        if w.placing.is_empty() {
+        if w.placing.is_empty() && w.saving.is_empty() {
             if at > end_ms || turns > 100 {
                 return false;
             }
@@ -377,6 +439,9 @@ const NONE: Left = Left {
     deaths: 0,
     connects: 0,
     takes: 0,
+    fails: 0,
+    looks: 0,
+    writes: 0,
     restarts: 0,
     lies: 0,
 };

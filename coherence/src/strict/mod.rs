@@ -13,12 +13,17 @@
 //!
 //! The rules:
 //! - What is wanted of a page is done in the order in which it was asked, one after the other, so nobody
-//!   starves. An exclusive page is kept for `hold_ms`, so that its writer gets something done.
-//! - Before a page is written by one, all others let go: each is asked, says so, and then the *table*
-//!   must show it. Who does not in time is fenced, renewing or not.
+//!   starves. Whoever gets a page keeps it for `hold_ms` from others, so that each gets something done.
+//! - Before a page is written by one, all others let go. The table is tried first; whom it shows with the
+//!   page mapped is asked, says so, and then the *table* must show it. Who does not in time is fenced,
+//!   renewing or not.
+//! - When the last that could write let go, the page is saved before anything else is done with it: what
+//!   was written and released, and what a second session has seen, survives the daemon. Not so while
+//!   several write one frame.
 //! - A frame that a fenced session may have mapped is *lost*: it is neither written in place nor used
 //!   again until the table shows that the session let go. If the session could write it, one copy of it
 //!   is the page's next version, and what it stores later is in nobody's page.
+//! - A session has so many pages for writing at most; for one more it gives back its oldest.
 //! - A page's version rises whenever somebody may write it anew, and never goes back.
 //! - After a restart nobody writes before the sessions of the earlier life must have ended.
 
@@ -26,7 +31,7 @@ mod page;
 mod pages;
 mod sessions;
 
-pub use pages::Pages;
+pub use pages::{DirtyPage, HolderState, PageState, Pages, State, WantState};
 pub use sessions::{Input, Output, Strict};
 
 use copage_grants::{Access, Epoch, FrameNo, PageIndex, Version};
@@ -57,6 +62,13 @@ pub struct StrictConfig {
     pub bounce_ms: u32,
     /// Pages that one session may wait for.
     pub wants_max: usize,
+    /// Pages that one session may have for writing, or wait for to write. At least twice the pages that it
+    /// asks for at once, or it is asked for what it has just been given.
+    pub writable_max: usize,
+    /// A page becomes shared for writing while somebody has it, and may be read by others then. Without,
+    /// that happens only when nobody has it, and those who read and those who write exclude each other
+    /// then too.
+    pub share_in_place: bool,
 }
 
 impl Default for StrictConfig {
@@ -68,27 +80,49 @@ impl Default for StrictConfig {
             bounces_max: 16,
             bounce_ms: 20,
             wants_max: 256,
+            writable_max: 65_536,
+            share_in_place: false,
         }
     }
 }
 
+/// The daemon itself, which reads and writes a page between two steps, and then says that it released it.
+/// It has no entries, is never asked, and is bound by no limit.
+pub const DAEMON: Epoch = Epoch(u64::MAX);
+
 /// The grant tables.
 pub trait Table {
-    /// Writes the session's entry for the frame. The error, as an errno, leaves no entry.
-    fn grant(&mut self, epoch: Epoch, frame: FrameNo, access: Access) -> Result<(), i32>;
+    /// Lets the session have the page, which is in the frame. `shared`: for writing, as all others that
+    /// write it. The error, as an errno, leaves no entry. For [`DAEMON`] too: nobody else may see the page
+    /// while it writes.
+    fn grant(
+        &mut self,
+        epoch: Epoch,
+        place: Place,
+        frame: FrameNo,
+        access: Access,
+        shared: bool,
+    ) -> Result<(), i32>;
 
     /// Ends the session's grant of the frame unless it is in use. `false`: the table shows it mapped,
-    /// and it stays. Without such a grant there is nothing to end: `true`. Where the daemon can unmap by force it
-    /// does, and this is always `true`.
-    fn revoke(&mut self, epoch: Epoch, frame: FrameNo) -> bool;
+    /// and it stays. Without such a grant there is nothing to end: `true`. Where the daemon can unmap by
+    /// force it does so to one that reads, and this is always `true`; one that writes must have let go by
+    /// itself. Never for [`DAEMON`].
+    fn revoke(&mut self, epoch: Epoch, place: Place, frame: FrameNo) -> bool;
+
+    /// The same for a session that is gone: what force there is, is used. `false` too where others have
+    /// the page for writing with it and it cannot be taken from the one alone.
+    fn seize(&mut self, epoch: Epoch, place: Place, frame: FrameNo) -> bool {
+        self.revoke(epoch, place, frame)
+    }
 }
 
 /// What happened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Event {
-    /// A session wants a page, because of a fault.
+    /// A session wants a page, because of a fault, or the daemon does.
     Want {
-        /// Whose; it counts.
+        /// Whose; it counts. Or [`DAEMON`].
         epoch: Epoch,
         /// The caller's; comes back in the answer.
         ticket: u64,
@@ -111,9 +145,9 @@ pub enum Event {
         /// Which page.
         place: Place,
     },
-    /// A session says that it unmapped a page of its own will.
+    /// A session says that it unmapped a page of its own will. The daemon says so before the next step.
     Released {
-        /// Whose.
+        /// Whose, or [`DAEMON`].
         epoch: Epoch,
         /// Which page.
         place: Place,
@@ -132,6 +166,20 @@ pub enum Event {
     },
     /// [`Action::Fill`] or [`Action::Copy`] could not be done; nothing changed.
     NotPlaced {
+        /// Which page.
+        place: Place,
+        /// Why, as an errno.
+        errno: i32,
+    },
+    /// [`Action::Save`] is done.
+    Saved {
+        /// Which page.
+        place: Place,
+        /// As it was asked.
+        version: Version,
+    },
+    /// [`Action::Save`] could not be done. It is tried again with the next want.
+    NotSaved {
         /// Which page.
         place: Place,
         /// Why, as an errno.
@@ -163,6 +211,16 @@ pub enum Action {
         /// Its frame now.
         from: FrameNo,
     },
+    /// Put what the frame holds on the disk's file; answered by `Saved` or `NotSaved`. Nobody writes it
+    /// meanwhile.
+    Save {
+        /// Which page.
+        place: Place,
+        /// Where it is.
+        frame: FrameNo,
+        /// Which content.
+        version: Version,
+    },
     /// Ask for a page; answered by `Acked`, or the session ends.
     Recall {
         /// Whom.
@@ -192,8 +250,7 @@ pub enum Action {
         /// Why, as an errno.
         errno: i32,
     },
-    /// Answer a `Take`: nobody holds the page. Its frame is read for the last time before what comes next
-    /// is done.
+    /// Answer a `Take`: nobody holds the page, and the file has what was in it.
     Taken {
         /// The caller's.
         ticket: u64,
@@ -203,8 +260,6 @@ pub enum Action {
         frame: Option<FrameNo>,
         /// Which content.
         version: Version,
-        /// It may differ from what the file has.
-        dirty: bool,
     },
     /// Fence the session: it said that it let go of a page, and the table shows for too long that it
     /// did not.

@@ -1,5 +1,6 @@
 //! The state of one page.
 
+use super::DAEMON;
 use copage_grants::{Access, Epoch, FrameNo, Version};
 use std::collections::{BTreeMap, VecDeque};
 
@@ -33,15 +34,37 @@ pub(super) enum Want {
     },
 }
 
+impl Want {
+    pub(super) const fn ticket(self) -> u64 {
+        match self {
+            Self::Hold { ticket, .. } | Self::Take { ticket } => ticket,
+        }
+    }
+
+    fn is_of(self, who: Epoch) -> bool {
+        matches!(self, Self::Hold { epoch, .. } if epoch == who)
+    }
+}
+
+/// What is being done with a page outside of the machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Work {
+    /// A `Fill` or a `Copy`.
+    Placing,
+    Saving,
+}
+
 /// See the module.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Page {
     pub frame: Option<FrameNo>,
     pub version: Version,
     pub holders: BTreeMap<Epoch, Holder>,
+    /// When a session last got it.
+    pub since_ms: u64,
     /// Who wrote last, and since when that one may.
     pub writer: Option<(Epoch, u64)>,
-    /// Somebody could write since the frame was filled.
+    /// Somebody could write since it was last filled or saved.
     pub dirty: bool,
     /// How often the writer changed, each time soon after the last.
     pub bounces: u32,
@@ -49,8 +72,9 @@ pub(super) struct Page {
     pub shared_rw: bool,
     /// Somebody who is gone may still write to the frame: the page must have another.
     pub moving: bool,
-    /// A `Fill` or a `Copy` is under way.
-    pub busy: bool,
+    pub work: Option<Work>,
+    /// What had to be done of itself (a save, a move) could not be: it is tried again for the next want.
+    pub failed: bool,
     pub wants: VecDeque<Want>,
 }
 
@@ -60,30 +84,36 @@ impl Page {
             frame: None,
             version,
             holders: BTreeMap::new(),
+            since_ms: 0,
             writer: None,
             dirty: false,
             bounces: 0,
             shared_rw: false,
             moving: false,
-            busy: false,
+            work: None,
+            failed: false,
             wants: VecDeque::new(),
         }
     }
 
     /// Nothing is known of it that would be missed.
     pub(super) fn is_blank(&self) -> bool {
-        self.frame.is_none() && self.wants.is_empty() && !self.busy
+        self.frame.is_none() && self.wants.is_empty() && self.work.is_none()
     }
 
     /// Those whose holding stands against `access` for `epoch`. A writer's own reading does too: its
-    /// entry goes before the one for writing is written.
-    pub(super) fn against(&self, epoch: Epoch, access: Access) -> Vec<Epoch> {
+    /// entry goes before the one for writing is written. `together`: who reads and who writes a page
+    /// that is shared for writing do not exclude each other.
+    pub(super) fn against(&self, epoch: Epoch, access: Access, together: bool) -> Vec<Epoch> {
+        let mixed = self.shared_rw && together;
+        // The daemon reads what others write without a mapping of its own.
+        let looks = self.shared_rw && epoch == DAEMON;
         let stands = |(who, holder): (&Epoch, &Holder)| {
             let mine = *who == epoch;
             let against = match (access, holder.access) {
                 (Access::ReadOnly, Access::ReadOnly) => false,
-                (Access::ReadOnly, Access::ReadWrite) => !mine && !self.shared_rw,
-                (Access::ReadWrite, Access::ReadOnly) => mine || !self.shared_rw,
+                (Access::ReadOnly, Access::ReadWrite) => !mine && !mixed && !looks,
+                (Access::ReadWrite, Access::ReadOnly) => mine || !mixed,
                 (Access::ReadWrite, Access::ReadWrite) => !mine && !self.shared_rw,
             };
             against.then_some(*who)
@@ -93,21 +123,31 @@ impl Page {
 
     /// How often a session wants it.
     pub(super) fn wants_of(&self, epoch: Epoch) -> usize {
-        let of = |want: &&Want| matches!(want, Want::Hold { epoch: who, .. } if *who == epoch);
-        self.wants.iter().filter(of).count()
+        self.wants.iter().filter(|want| want.is_of(epoch)).count()
     }
 
     pub(super) fn end_wants(&mut self, epoch: Epoch) {
-        let of = |want: &Want| matches!(want, Want::Hold { epoch: who, .. } if *who == epoch);
-        self.wants.retain(|want| !of(want));
+        self.wants.retain(|want| !want.is_of(epoch));
+    }
+
+    /// Does anybody have it for writing?
+    pub(super) fn has_writers(&self) -> bool {
+        let writes = |holder: &Holder| holder.access == Access::ReadWrite;
+        self.holders.values().any(writes)
     }
 
     /// Does somebody who holds it alone have it for writing?
     pub(super) fn is_exclusive(&self) -> bool {
-        !self.shared_rw
-            && self
-                .holders
-                .values()
-                .any(|holder| holder.access == Access::ReadWrite)
+        !self.shared_rw && self.has_writers()
+    }
+
+    /// Must it be saved before anything else?
+    pub(super) fn unsaved(&self) -> bool {
+        self.dirty && !self.has_writers()
+    }
+
+    /// The sessions that hold it.
+    pub(super) fn all(&self) -> Vec<Epoch> {
+        self.holders.keys().copied().collect()
     }
 }

@@ -1,6 +1,6 @@
 //! Sessions and pages together: what a daemon drives.
 
-use super::{Action, Event, Pages, Place, StrictConfig, Table};
+use super::{Action, DAEMON, Event, Pages, Place, StrictConfig, Table};
 use crate::msg::{FenceReason, FileToken, Generation, InvalidateReason, PageRange};
 use crate::session;
 use crate::session::{RecallOutcome, SessionConfig, Sessions, Subject};
@@ -110,7 +110,9 @@ impl Strict {
         match *event {
             Event::Want { epoch, .. }
             | Event::Acked { epoch, .. }
-            | Event::Released { epoch, .. } => self.sessions.counts(now_ms, epoch),
+            | Event::Released { epoch, .. } => {
+                epoch == DAEMON || self.sessions.counts(now_ms, epoch)
+            }
             _ => true,
         }
     }

@@ -5,7 +5,9 @@ use copage_coherence::msg::{FenceReason, FileToken};
 use copage_coherence::session::{
     Action as SessionAction, Event as SessionEvent, Guest as Who, SessionConfig, Subject,
 };
-use copage_coherence::strict::{Action, Event, Input, Output, Place, Strict, StrictConfig, Table};
+use copage_coherence::strict::{
+    Action, DAEMON, Event, Input, Output, Place, Strict, StrictConfig, Table,
+};
 use copage_grants::{Access, Epoch, FrameNo, PageIndex, Version};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -19,6 +21,8 @@ pub const PAGES: StrictConfig = StrictConfig {
     bounces_max: u32::MAX,
     bounce_ms: 20,
     wants_max: 4,
+    writable_max: 8,
+    share_in_place: true,
 };
 const SESSIONS: SessionConfig = SessionConfig {
     lease_ttl_ms: TERM_MS,
@@ -79,6 +83,8 @@ pub struct Guest {
 pub struct Entry {
     pub access: Access,
     pub mapped: bool,
+    /// It may be that of several writers.
+    pub shared: bool,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
@@ -87,24 +93,58 @@ pub struct Entries {
     pub force: bool,
 }
 
+impl Entries {
+    fn is_mapped(&self, epoch: Epoch, frame: FrameNo) -> bool {
+        self.all.get(&(epoch, frame)).is_some_and(|e| e.mapped)
+    }
+
+    /// Several have it for writing as one frame, so that it cannot be taken from one of them.
+    fn is_common(&self, frame: FrameNo) -> bool {
+        let of = |((_, f), e): &(&(Epoch, FrameNo), &Entry)| *f == frame && e.shared;
+        self.all.iter().filter(of).count() > 1
+    }
+
+    fn end(&mut self, epoch: Epoch, frame: FrameNo, stays: bool) -> bool {
+        if !stays {
+            self.all.remove(&(epoch, frame));
+        }
+        !stays
+    }
+}
+
 impl Table for Entries {
-    fn grant(&mut self, epoch: Epoch, frame: FrameNo, access: Access) -> Result<(), i32> {
-        let entry = self.all.entry((epoch, frame)).or_insert(Entry {
-            access,
-            mapped: false,
-        });
-        entry.access = access;
+    fn grant(
+        &mut self,
+        epoch: Epoch,
+        _: Place,
+        frame: FrameNo,
+        access: Access,
+        shared: bool,
+    ) -> Result<(), i32> {
+        // The daemon has no entries.
+        if epoch != DAEMON {
+            let entry = self.all.entry((epoch, frame)).or_insert(Entry {
+                access,
+                mapped: false,
+                shared,
+            });
+            entry.access = access;
+            entry.shared = shared;
+        }
         Ok(())
     }
 
-    fn revoke(&mut self, epoch: Epoch, frame: FrameNo) -> bool {
-        match self.all.get(&(epoch, frame)) {
-            Some(entry) if entry.mapped && !self.force => false,
-            _ => {
-                self.all.remove(&(epoch, frame));
-                true
-            }
-        }
+    fn revoke(&mut self, epoch: Epoch, _: Place, frame: FrameNo) -> bool {
+        let entry = self.all.get(&(epoch, frame));
+        let forced = self.force && entry.is_some_and(|e| e.access == Access::ReadOnly);
+        let stays = self.is_mapped(epoch, frame) && !forced;
+        self.end(epoch, frame, stays)
+    }
+
+    fn seize(&mut self, epoch: Epoch, _: Place, frame: FrameNo) -> bool {
+        let forced = self.force && !self.is_common(frame);
+        let stays = self.is_mapped(epoch, frame) && !forced;
+        self.end(epoch, frame, stays)
     }
 }
 
@@ -118,6 +158,12 @@ pub struct Left {
     pub deaths: u8,
     pub connects: u8,
     pub takes: u8,
+    /// Saves that fail.
+    pub fails: u8,
+    /// Pages that the daemon reads.
+    pub looks: u8,
+    /// Pages that the daemon writes.
+    pub writes: u8,
     pub restarts: u8,
     pub lies: u8,
 }
@@ -137,6 +183,14 @@ pub struct World {
     pub guests: Vec<Guest>,
     /// Fills and copies under way.
     pub placing: BTreeMap<Place, Option<FrameNo>>,
+    /// Saves under way, with what was in the frame when they were asked for.
+    pub saving: BTreeMap<Place, (FrameNo, Version, u8)>,
+    /// Saves that were refused, and not tried again since.
+    pub unsaved: BTreeSet<Place>,
+    /// Who stored each value, value 1 first.
+    pub authors: Vec<Epoch>,
+    /// Pages that were written by several at once, since they were last saved.
+    pub mixed: BTreeSet<Place>,
     pub left: Left,
     /// The newest value that a store which counts put into a page.
     pub latest: BTreeMap<Place, u8>,
@@ -144,7 +198,6 @@ pub struct World {
     pub orphaned: BTreeSet<Place>,
     /// Sessions that were fenced or have ended.
     pub gone: BTreeSet<Epoch>,
-    pub next_value: u8,
     pub life: u64,
     /// What went wrong on the way.
     pub wrong: Option<&'static str>,
@@ -167,11 +220,14 @@ impl World {
             disk: BTreeMap::new(),
             guests: vec![Guest::default(); guests],
             placing: BTreeMap::new(),
+            saving: BTreeMap::new(),
+            unsaved: BTreeSet::new(),
+            authors: Vec::new(),
+            mixed: BTreeSet::new(),
             left,
             latest: BTreeMap::new(),
             orphaned: BTreeSet::new(),
             gone: BTreeSet::new(),
-            next_value: 1,
             life: 1,
             wrong: None,
         }
@@ -196,15 +252,87 @@ impl World {
         epoch.0 < self.life << 32 | 1
     }
 
+    /// What a page holds where the machine has it.
+    pub fn value(&self, frame: FrameNo) -> u8 {
+        self.memory.get(&frame).copied().unwrap_or(0)
+    }
+
+    pub fn on_disk(&self, place: Place) -> u8 {
+        self.disk.get(&place).copied().unwrap_or(0)
+    }
+
+    /// Somebody writes the next value.
+    pub fn store(&mut self, epoch: Epoch, place: Place, frame: FrameNo) {
+        self.authors.push(epoch);
+        let value = self.authors.len() as u8;
+        self.memory.insert(frame, value);
+        if epoch == DAEMON || self.counts(epoch) {
+            self.latest.insert(place, value);
+        }
+        if self.machine.pages().is_shared_rw(place) {
+            self.mixed.insert(place);
+        }
+    }
+
+    /// Did two write?
+    pub fn is_by_two(&self) -> bool {
+        self.authors.iter().any(|author| *author != self.authors[0])
+    }
+
+    /// Would a crash take from `epoch` what it sees in a page though another stored it?
+    pub fn is_seen_unsaved(&self, epoch: Epoch, place: Place, frame: FrameNo) -> bool {
+        let value = self.value(frame);
+        let author = usize::from(value).checked_sub(1).map(|n| self.authors[n]);
+        let exempt = self.mixed.contains(&place) || self.machine.pages().is_shared_rw(place);
+        !exempt && author.is_some_and(|author| author != epoch) && self.on_disk(place) < value
+    }
+
     pub fn step(&mut self, input: Input) {
-        let mut out = Vec::new();
-        self.machine
-            .step(self.now_ms, input, &mut self.table, &mut out);
-        for output in out {
-            match output {
-                Output::Session(action) => self.session(action),
-                Output::Page(action) => self.page(action),
+        let mut inputs = VecDeque::from([input]);
+        while let Some(input) = inputs.pop_front() {
+            let mut out = Vec::new();
+            self.machine
+                .step(self.now_ms, input, &mut self.table, &mut out);
+            for output in out {
+                match output {
+                    Output::Session(action) => self.session(action),
+                    Output::Page(action) => {
+                        if let Action::Grant { epoch, place, .. } = action
+                            && epoch == DAEMON
+                        {
+                            inputs.push_back(Input::Page(Event::Released { epoch, place }));
+                        }
+                        self.page(action);
+                    }
+                }
             }
+        }
+        self.adopt_snapshots();
+    }
+
+    /// Of a page whose writer is gone, what is in the frame counts once the writer has it no more.
+    fn adopt_snapshots(&mut self) {
+        for (place, frame) in self.places() {
+            let gone = |((epoch, f), e): (&(Epoch, FrameNo), &Entry)| {
+                *f == frame && e.access == Access::ReadWrite && self.gone.contains(epoch)
+            };
+            if self.orphaned.contains(&place) && !self.table.all.iter().any(gone) {
+                self.orphaned.remove(&place);
+                self.latest.insert(place, self.value(frame));
+            }
+        }
+    }
+
+    /// The daemon is let at a page.
+    fn daemon(&mut self, place: Place, frame: FrameNo, access: Access) {
+        if access == Access::ReadWrite {
+            self.store(DAEMON, place, frame);
+        } else if self.value(frame) != self.latest.get(&place).copied().unwrap_or(0)
+            && !self.orphaned.contains(&place)
+        {
+            self.wrong = Some("the daemon reads what is not the newest");
+        } else if self.is_seen_unsaved(DAEMON, place, frame) {
+            self.wrong = Some("the daemon reads what is not saved");
         }
     }
 
@@ -302,6 +430,10 @@ impl World {
                 version,
                 ..
             } => {
+                self.unsaved.remove(&place);
+                if epoch == DAEMON {
+                    return self.daemon(place, frame, access);
+                }
                 if self.gone.contains(&epoch) {
                     self.wrong = Some("granted to a session that is gone");
                 }
@@ -317,10 +449,19 @@ impl World {
                     guest.down.push_back(Down::Refused(place(page)));
                 }
             }
+            Action::Save {
+                place,
+                frame,
+                version,
+            } => {
+                self.unsaved.remove(&place);
+                let value = self.value(frame);
+                self.saving.insert(place, (frame, version, value));
+            }
             Action::Taken { place, frame, .. } => {
-                if let Some(frame) = frame {
-                    let value = self.memory.get(&frame).copied().unwrap_or(0);
-                    self.disk.insert(place, value);
+                let newest = self.latest.get(&place).copied().unwrap_or(0);
+                if frame.is_some() && self.on_disk(place) != newest {
+                    self.wrong = Some("a page is taken that is not saved");
                 }
             }
             Action::Free { frame } => {
@@ -364,12 +505,33 @@ impl World {
         self.step(Input::Page(Event::Placed { place, frame }));
     }
 
+    /// A save ends.
+    pub fn saved(&mut self, place: Place) {
+        let Some((frame, version, value)) = self.saving.remove(&place) else {
+            return;
+        };
+        if self.value(frame) != value {
+            self.wrong = Some("a page is written while it is saved");
+        }
+        self.disk.insert(place, value);
+        self.mixed.remove(&place);
+        self.step(Input::Page(Event::Saved { place, version }));
+    }
+
+    /// A save fails.
+    pub fn not_saved(&mut self, place: Place) {
+        if self.saving.remove(&place).is_some() {
+            self.unsaved.insert(place);
+            self.step(Input::Page(Event::NotSaved { place, errno: 5 }));
+        }
+    }
+
     /// The table is looked at for what sessions that are gone have mapped.
     pub fn drain(&mut self) -> bool {
         let lost: Vec<(FrameNo, Epoch)> = self.machine.pages().lost().collect();
         let mut any = false;
         for (frame, epoch) in lost {
-            if self.table.revoke(epoch, frame) {
+            if self.table.seize(epoch, place(0), frame) {
                 self.step(Input::Page(Event::Drained { epoch, frame }));
                 any = true;
             }
@@ -389,13 +551,12 @@ impl World {
         any
     }
 
-    /// The daemon is killed and another begins.
+    /// The daemon is killed, and another begins with what is on the disk.
     pub fn restart(&mut self) {
-        for (place, frame) in self.places() {
-            let value = self.memory.get(&frame).copied().unwrap_or(0);
-            self.disk.insert(place, value);
-            self.latest.insert(place, value);
-        }
+        self.latest = self.disk.clone();
+        self.saving.clear();
+        self.unsaved.clear();
+        self.mixed.clear();
         self.table.all.retain(|_, entry| entry.mapped);
         self.left_over = self.table.all.keys().map(|(_, frame)| *frame).collect();
         self.free = (1..=self.frames)
