@@ -35,6 +35,21 @@ pub enum Access {
     ReadWrite,
 }
 
+/// Where a page of a home is that guests write, as far as that is a place: on local a descriptor covers a
+/// whole file, so pages that are written lie in other files than those that are read. (xen: a frame is
+/// always where it is, and these mean nothing.)
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Where {
+    /// In the home: whoever has its descriptor reads it.
+    Home,
+    /// In the file that this session alone writes.
+    Arena(DomId),
+    /// In the file that all who have it write.
+    Common,
+    /// In a file of the daemon's own.
+    Spare,
+}
+
 /// What a revocation found. Only `Revoked` ends a grant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
@@ -190,6 +205,70 @@ pub trait Backend: Send + Sync {
     fn discard(&self, home: HomeId, first: PageIndex, frames: &[FrameNo])
     -> Result<(), GrantError>;
 
+    /// A new writable descriptor of the file for pages of the home that `dom` alone writes; as long as the
+    /// home, page for page. Made, empty, at the first call. What else a guest does with it (it can write,
+    /// truncate and fill all of it, up to a limit) it does to itself: of such a file nothing is believed but
+    /// the bytes of pages that were placed there. For capability `descriptors`; else
+    /// [`GrantError::Unsupported`].
+    fn arena(&self, home: HomeId, dom: DomId) -> Result<OwnedFd, GrantError>;
+
+    /// Ends `dom`'s arena, if there is one. No page may be in it, else [`GrantError::StillGranted`].
+    fn end_arena(&self, home: HomeId, dom: DomId) -> Result<(), GrantError>;
+
+    /// The same for pages that several write: whoever has it writes all of them. The number rises with each
+    /// [`Self::renew_common`].
+    fn common(&self, home: HomeId) -> Result<(u32, OwnedFd), GrantError>;
+
+    /// From now on there is another common file, of which those who had the one before have nothing. No page
+    /// may be in it, else [`GrantError::StillGranted`].
+    fn renew_common(&self, home: HomeId) -> Result<(), GrantError>;
+
+    /// Moves a page's bytes, and takes them out of the file where they were, from under whoever maps it.
+    /// With `leave` they stay there too, in the frame that they were in, until that is discarded, and `frame`
+    /// is another one, for the copy. Nothing may be at `to`. On error nothing has changed. (xen: does
+    /// nothing; a copy is what [`Self::load`] gave, stored in another frame.)
+    fn place(
+        &self,
+        home: HomeId,
+        page: PageIndex,
+        frame: FrameNo,
+        from: Where,
+        to: Where,
+        leave: bool,
+    ) -> Result<(), GrantError>;
+
+    /// As [`Self::load`], of a frame that is at `at`; zeros past the end of the file, whatever a guest put
+    /// there.
+    fn load_at(
+        &self,
+        home: HomeId,
+        page: PageIndex,
+        frame: FrameNo,
+        at: Where,
+        buf: &mut [u8],
+    ) -> Result<(), GrantError>;
+
+    /// Writes into a page where it is: `bytes` at `offset` of it, which end within it. Those past the end of
+    /// the file are zeros. (xen: a guest that had the frame for writing may have left others there.)
+    fn write_at(
+        &self,
+        home: HomeId,
+        page: PageIndex,
+        frame: FrameNo,
+        at: Where,
+        offset: usize,
+        bytes: &[u8],
+    ) -> Result<(), GrantError>;
+
+    /// The content of a frame that was granted for writing, or written, is on the disk: what a later life
+    /// of the daemon finds says so, as long as no grant for writing is there. (local: nothing outlives the
+    /// daemon.)
+    fn note_saved(&self, home: HomeId, page: PageIndex, frame: FrameNo) -> Result<(), GrantError>;
+
+    /// The file has another length: the home, and all files beside it. Pages from the first on that is not
+    /// whole before or afterwards hold nothing, neither here nor there.
+    fn resize_home(&self, home: HomeId, bytes: u64) -> Result<(), GrantError>;
+
     /// Backs `pages` (2 MiB, aligned, all stored) by one 2 MiB frame where the machine can.
     /// `Ok(false)`: not here, nothing changed.
     fn make_huge(&self, home: HomeId, first: PageIndex) -> Result<bool, GrantError>;
@@ -267,6 +346,6 @@ pub trait Backend: Send + Sync {
     fn audit(&self) -> LedgerAudit;
 
     /// For a live home: the pages that hold something, as the backend itself sees it (local: the
-    /// data of the frame file), for the audit. Ranges `(first, count)`, in order.
+    /// data of the frame file, and what was placed elsewhere), for the audit. Ranges `(first, count)`, in order.
     fn present_pages(&self, home: HomeId) -> Result<Vec<(PageIndex, u64)>, GrantError>;
 }

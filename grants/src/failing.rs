@@ -6,7 +6,7 @@
 
 use crate::backend::{
     Access, Backend, Capabilities, DomainEnd, FramesThere, GrantInfo, HomeSpec, LedgerAudit,
-    Revocation, TableInfo,
+    Revocation, TableInfo, Where,
 };
 use crate::error::GrantError;
 use crate::ids::{DomId, FrameNo, Grant, HomeId, PAGE_SIZE, PAGE_SIZE_U64, PageIndex, TableId};
@@ -35,6 +35,18 @@ pub enum Call {
     Grant,
     /// [`Backend::force_out`]
     ForceOut,
+    /// [`Backend::arena`]
+    Arena,
+    /// [`Backend::common`]
+    Common,
+    /// [`Backend::place`]
+    Place,
+    /// [`Backend::load_at`]
+    LoadAt,
+    /// [`Backend::write_at`]
+    WriteAt,
+    /// [`Backend::resize_home`]
+    ResizeHome,
 }
 
 /// The error that a call fails with.
@@ -67,8 +79,8 @@ struct Watch {
     /// The number of the call that fails, and whether all later ones do too.
     plans: HashMap<Call, (u64, bool, FailWith)>,
     home_bytes: HashMap<HomeId, u64>,
-    /// What each frame holds.
-    content: HashMap<FrameNo, (HomeId, u64)>,
+    /// What each frame holds, and where.
+    content: HashMap<FrameNo, (HomeId, u64, Where)>,
     violations: Vec<String>,
 }
 
@@ -92,11 +104,55 @@ impl Watch {
     fn check_content(&mut self, what: &str, home: HomeId, first: PageIndex, frames: &[FrameNo]) {
         for (&frame, page) in frames.iter().zip(first.0..) {
             let held = self.content.get(&frame).copied();
-            if held != Some((home, page)) {
+            if held.is_none_or(|held| (held.0, held.1) != (home, page)) {
                 self.violation(format!(
                     "{what} of page {page} of {home:?} in {frame:?}, which holds {held:?}"
                 ));
             }
+        }
+    }
+
+    fn check_place(
+        &mut self,
+        (home, page): (HomeId, PageIndex),
+        frame: FrameNo,
+        (from, to): (Where, Where),
+        leave: bool,
+    ) {
+        let there = |at| move |held: &(HomeId, u64, Where)| *held == (home, page.0, at);
+        let held = self.content.get(&frame).copied();
+        let is_right = if leave {
+            held.is_none() && self.content.values().any(there(from))
+        } else {
+            held.as_ref().is_some_and(there(from))
+        };
+        if !is_right {
+            self.violation(format!(
+                "page {} of {home:?} goes from {from:?} to {to:?} (left: {leave}) in {frame:?}, \
+                 which holds {held:?}",
+                page.0
+            ));
+        }
+        if self.content.values().any(there(to)) {
+            self.violation(format!(
+                "page {} of {home:?} goes to {to:?}, where it is",
+                page.0
+            ));
+        }
+    }
+
+    fn check_at(&mut self, what: &str, home: HomeId, page: PageIndex, frame: FrameNo, at: Where) {
+        self.check_content(what, home, page, &[frame]);
+        let held = self.content.get(&frame).map(|held| held.2);
+        if held.is_some_and(|held| held != at) {
+            self.violation(format!("{what} of {frame:?} at {at:?}, it is at {held:?}"));
+        }
+    }
+
+    fn check_nothing_at(&mut self, what: &str, home: HomeId, at: Where) {
+        let mut held = self.content.values();
+        if held.any(|held| (held.0, held.2) == (home, at)) {
+            self.violation(format!("{what} of {home:?} with pages at {at:?}"));
         }
     }
 }
@@ -250,7 +306,7 @@ impl Backend for FailingBackend {
         self.watch
             .lock()
             .content
-            .extend(pages.map(|(&frame, page)| (frame, (home, page))));
+            .extend(pages.map(|(&frame, page)| (frame, (home, page, Where::Home))));
         Ok(())
     }
 
@@ -285,6 +341,107 @@ impl Backend for FailingBackend {
         for frame in frames {
             watch.content.remove(frame);
         }
+        Ok(())
+    }
+
+    fn arena(&self, home: HomeId, dom: DomId) -> Result<OwnedFd, GrantError> {
+        self.watch.lock().says_fail(Call::Arena)?;
+        self.inner.arena(home, dom)
+    }
+
+    fn end_arena(&self, home: HomeId, dom: DomId) -> Result<(), GrantError> {
+        let at = Where::Arena(dom);
+        self.watch.lock().check_nothing_at("end_arena", home, at);
+        self.inner.end_arena(home, dom)
+    }
+
+    fn common(&self, home: HomeId) -> Result<(u32, OwnedFd), GrantError> {
+        self.watch.lock().says_fail(Call::Common)?;
+        self.inner.common(home)
+    }
+
+    fn renew_common(&self, home: HomeId) -> Result<(), GrantError> {
+        let at = Where::Common;
+        self.watch.lock().check_nothing_at("renew_common", home, at);
+        self.inner.renew_common(home)
+    }
+
+    fn place(
+        &self,
+        home: HomeId,
+        page: PageIndex,
+        frame: FrameNo,
+        from: Where,
+        to: Where,
+        leave: bool,
+    ) -> Result<(), GrantError> {
+        let moves = self.inner.capabilities().descriptors;
+        {
+            let watch = &mut *self.watch.lock();
+            if moves {
+                watch.check_place((home, page), frame, (from, to), leave);
+            }
+            watch.says_fail(Call::Place)?;
+        }
+        self.inner.place(home, page, frame, from, to, leave)?;
+        if moves {
+            let held = (home, page.0, to);
+            self.watch.lock().content.insert(frame, held);
+        }
+        Ok(())
+    }
+
+    fn load_at(
+        &self,
+        home: HomeId,
+        page: PageIndex,
+        frame: FrameNo,
+        at: Where,
+        buf: &mut [u8],
+    ) -> Result<(), GrantError> {
+        {
+            let watch = &mut *self.watch.lock();
+            watch.check_at("load_at", home, page, frame, at);
+            watch.says_fail(Call::LoadAt)?;
+        }
+        self.inner.load_at(home, page, frame, at, buf)
+    }
+
+    fn write_at(
+        &self,
+        home: HomeId,
+        page: PageIndex,
+        frame: FrameNo,
+        at: Where,
+        offset: usize,
+        bytes: &[u8],
+    ) -> Result<(), GrantError> {
+        {
+            let watch = &mut *self.watch.lock();
+            watch.check_at("write_at", home, page, frame, at);
+            let file_bytes = watch.home_bytes.get(&home).copied().unwrap_or(0);
+            let start = page.byte_offset().unwrap_or(u64::MAX);
+            let from = start.saturating_add(offset as u64);
+            let within = usize::try_from(file_bytes.saturating_sub(from)).unwrap_or(usize::MAX);
+            let mut past = bytes.iter().skip(within);
+            if past.any(|&byte| byte != 0) {
+                watch.violation(format!("write_at past the end of {home:?}"));
+            }
+            watch.says_fail(Call::WriteAt)?;
+        }
+        self.inner.write_at(home, page, frame, at, offset, bytes)
+    }
+
+    fn note_saved(&self, home: HomeId, page: PageIndex, frame: FrameNo) -> Result<(), GrantError> {
+        let watch = &mut *self.watch.lock();
+        watch.check_content("note_saved", home, page, &[frame]);
+        self.inner.note_saved(home, page, frame)
+    }
+
+    fn resize_home(&self, home: HomeId, bytes: u64) -> Result<(), GrantError> {
+        self.watch.lock().says_fail(Call::ResizeHome)?;
+        self.inner.resize_home(home, bytes)?;
+        self.watch.lock().home_bytes.insert(home, bytes);
         Ok(())
     }
 

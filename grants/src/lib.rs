@@ -22,7 +22,7 @@ pub mod xen;
 
 pub use backend::{
     Access, Backend, Capabilities, DomainEnd, FramesThere, GrantInfo, HomeSpec, LedgerAudit,
-    Revocation, TableInfo,
+    Revocation, TableInfo, Where,
 };
 pub use error::GrantError;
 pub use ids::{

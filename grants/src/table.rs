@@ -423,6 +423,13 @@ impl<M: EntryMemory, P: Placement> GrantTables<M, P> {
             .find(|&frame| inner.ledger.slots_of(frame).next().is_some())
     }
 
+    /// Does anybody hold a grant of `frame` for writing?
+    pub fn is_writable(&self, frame: FrameNo) -> bool {
+        let inner = self.inner.lock();
+        let mut slots = inner.ledger.slots_of(frame);
+        slots.any(|slot| inner.ledger.access_of(slot) == Access::ReadWrite)
+    }
+
     /// [`crate::Backend::grant_count`].
     pub fn grant_count(&self, dom: DomId) -> u64 {
         self.inner.lock().ledger.count(dom)

@@ -5,7 +5,7 @@
 use copage_grants::entry::{Entry, EntryMemory, OwnEntries};
 use copage_grants::table::{GrantTables, Placement};
 use copage_grants::*;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
@@ -36,7 +36,7 @@ impl Placement for Spread {
     }
 }
 
-type Pages = BTreeMap<u64, FrameNo>;
+type Pages = BTreeSet<(u64, FrameNo)>;
 
 pub struct Hypervisor {
     /// A domain each, numbered from 90 on as they are made.
@@ -179,7 +179,7 @@ impl Backend for Hypervisor {
             read_only_enforced: true,
             executable_mappings: false,
             forced_revoke: false,
-            in_place_upgrade: false,
+            in_place_upgrade: true,
             descriptors: false,
         }
     }
@@ -245,8 +245,8 @@ impl Backend for Hypervisor {
 
     fn home_in_use(&self, home: HomeId) -> Result<bool, GrantError> {
         let frames: Vec<_> = self.homes.lock().unwrap()[&home]
-            .values()
-            .copied()
+            .iter()
+            .map(|held| held.1)
             .collect();
         Ok(self.tables.first_granted(&frames).is_some())
     }
@@ -271,7 +271,7 @@ impl Backend for Hypervisor {
             homes
                 .get_mut(&home)
                 .unwrap()
-                .insert(first.0 + n as u64, *frame);
+                .insert((first.0 + n as u64, *frame));
         }
         Ok(())
     }
@@ -283,7 +283,7 @@ impl Backend for Hypervisor {
         frame: FrameNo,
         buf: &mut [u8],
     ) -> Result<(), GrantError> {
-        assert_eq!(self.homes.lock().unwrap()[&home][&page.0], frame);
+        assert!(self.homes.lock().unwrap()[&home].contains(&(page.0, frame)));
         buf.copy_from_slice(&self.frames.lock().unwrap()[&frame]);
         Ok(())
     }
@@ -298,8 +298,75 @@ impl Backend for Hypervisor {
         for (page, frame) in (first.0..).zip(frames) {
             self.frames.lock().unwrap().remove(frame).unwrap();
             let mut homes = self.homes.lock().unwrap();
-            assert_eq!(homes.get_mut(&home).unwrap().remove(&page), Some(*frame));
+            assert!(homes.get_mut(&home).unwrap().remove(&(page, *frame)));
         }
+        Ok(())
+    }
+
+    fn arena(&self, _home: HomeId, _dom: DomId) -> Result<OwnedFd, GrantError> {
+        no("a descriptor")
+    }
+
+    fn end_arena(&self, _home: HomeId, _dom: DomId) -> Result<(), GrantError> {
+        Ok(())
+    }
+
+    fn common(&self, _home: HomeId) -> Result<(u32, OwnedFd), GrantError> {
+        no("a descriptor")
+    }
+
+    fn renew_common(&self, _home: HomeId) -> Result<(), GrantError> {
+        Ok(())
+    }
+
+    fn place(
+        &self,
+        _home: HomeId,
+        _page: PageIndex,
+        _frame: FrameNo,
+        _from: Where,
+        _to: Where,
+        _leave: bool,
+    ) -> Result<(), GrantError> {
+        Ok(())
+    }
+
+    fn load_at(
+        &self,
+        home: HomeId,
+        page: PageIndex,
+        frame: FrameNo,
+        _at: Where,
+        buf: &mut [u8],
+    ) -> Result<(), GrantError> {
+        self.load(home, page, frame, buf)
+    }
+
+    fn write_at(
+        &self,
+        home: HomeId,
+        page: PageIndex,
+        frame: FrameNo,
+        _at: Where,
+        offset: usize,
+        bytes: &[u8],
+    ) -> Result<(), GrantError> {
+        assert!(self.homes.lock().unwrap()[&home].contains(&(page.0, frame)));
+        let frames = &mut *self.frames.lock().unwrap();
+        frames.get_mut(&frame).unwrap()[offset..][..bytes.len()].copy_from_slice(bytes);
+        Ok(())
+    }
+
+    fn note_saved(
+        &self,
+        _home: HomeId,
+        _page: PageIndex,
+        _frame: FrameNo,
+    ) -> Result<(), GrantError> {
+        Ok(())
+    }
+
+    fn resize_home(&self, _home: HomeId, _bytes: u64) -> Result<(), GrantError> {
         Ok(())
     }
 
@@ -394,6 +461,7 @@ impl Backend for Hypervisor {
     fn present_pages(&self, home: HomeId) -> Result<Vec<(PageIndex, u64)>, GrantError> {
         let homes = self.homes.lock().unwrap();
         let pages = homes.get(&home).ok_or(GrantError::NoSuchHome(home))?;
-        Ok(pages.keys().map(|page| (PageIndex(*page), 1)).collect())
+        let pages: BTreeSet<u64> = pages.iter().map(|held| held.0).collect();
+        Ok(pages.into_iter().map(|page| (PageIndex(page), 1)).collect())
     }
 }

@@ -4,7 +4,7 @@ use super::home::Home;
 use super::{FrameStore, LocalBackend};
 use crate::backend::{
     Access, Backend, Capabilities, DomainEnd, FramesThere, GrantInfo, HomeSpec, LedgerAudit,
-    Revocation, TableInfo,
+    Revocation, TableInfo, Where,
 };
 use crate::error::GrantError;
 use crate::ids::{DomId, FrameNo, Grant, HomeId, PAGE_SIZE, PAGE_SIZE_U64, PageIndex, TableId};
@@ -84,7 +84,12 @@ impl Backend for LocalBackend {
     }
 
     fn home_in_use(&self, home: HomeId) -> Result<bool, GrantError> {
-        self.home(home)?.in_use()
+        let home = self.home(home)?;
+        if home.in_use()? {
+            return Ok(true);
+        }
+        let writable = home.beside.lock().writable();
+        Ok(self.tables.first_granted(&writable).is_some())
     }
 
     fn store(
@@ -105,11 +110,11 @@ impl Backend for LocalBackend {
         &self,
         home: HomeId,
         page: PageIndex,
-        _frame: FrameNo,
+        frame: FrameNo,
         buf: &mut [u8],
     ) -> Result<(), GrantError> {
         check_length("a buffer", buf.len(), PAGE_SIZE)?;
-        self.home(home)?.load(page.0, buf)
+        self.home(home)?.load(page.0, frame, None, buf)
     }
 
     fn discard(
@@ -121,7 +126,75 @@ impl Backend for LocalBackend {
         if let Some(frame) = self.tables.first_granted(frames) {
             return Err(GrantError::StillGranted(frame));
         }
-        self.home(home)?.discard(first.0, frames.len())
+        self.home(home)?.discard(first.0, frames)
+    }
+
+    fn arena(&self, home: HomeId, dom: DomId) -> Result<OwnedFd, GrantError> {
+        self.home(home)?.arena(dom, || self.guest_files_of(dom))
+    }
+
+    fn end_arena(&self, home: HomeId, dom: DomId) -> Result<(), GrantError> {
+        self.home(home)?.end_arena(dom)
+    }
+
+    fn common(&self, home: HomeId) -> Result<(u32, OwnedFd), GrantError> {
+        self.home(home)?.common(|| self.guest_files())
+    }
+
+    fn renew_common(&self, home: HomeId) -> Result<(), GrantError> {
+        self.home(home)?.renew_common()
+    }
+
+    fn place(
+        &self,
+        home: HomeId,
+        page: PageIndex,
+        frame: FrameNo,
+        from: Where,
+        to: Where,
+        leave: bool,
+    ) -> Result<(), GrantError> {
+        if self.home(home)?.place(page.0, frame, (from, to), leave)? {
+            self.foreign_pages.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    fn load_at(
+        &self,
+        home: HomeId,
+        page: PageIndex,
+        frame: FrameNo,
+        at: Where,
+        buf: &mut [u8],
+    ) -> Result<(), GrantError> {
+        check_length("a buffer", buf.len(), PAGE_SIZE)?;
+        self.home(home)?.load(page.0, frame, Some(at), buf)
+    }
+
+    fn write_at(
+        &self,
+        home: HomeId,
+        page: PageIndex,
+        frame: FrameNo,
+        at: Where,
+        offset: usize,
+        bytes: &[u8],
+    ) -> Result<(), GrantError> {
+        self.home(home)?.write_at(page.0, frame, at, offset, bytes)
+    }
+
+    fn note_saved(
+        &self,
+        _home: HomeId,
+        _page: PageIndex,
+        _frame: FrameNo,
+    ) -> Result<(), GrantError> {
+        Ok(())
+    }
+
+    fn resize_home(&self, home: HomeId, bytes: u64) -> Result<(), GrantError> {
+        self.home(home)?.resize(bytes)
     }
 
     fn make_huge(&self, home: HomeId, first: PageIndex) -> Result<bool, GrantError> {
@@ -168,7 +241,7 @@ impl Backend for LocalBackend {
             });
         }
         // Out of the file first: only then is it true that nobody maps them.
-        self.home(home)?.discard(first.0, frames.len())?;
+        self.home(home)?.discard(first.0, frames)?;
         self.tables.end_all(frames, evicted);
         Ok(())
     }
@@ -194,6 +267,10 @@ impl Backend for LocalBackend {
     }
 
     fn domain_ended(&self, dom: DomId) -> DomainEnd {
+        // Another session with the number gets files of its own.
+        if let Some(files) = self.sessions.lock().remove(&dom).and_then(|f| f.upgrade()) {
+            files.end();
+        }
         self.tables.domain_ended(dom, true)
     }
 

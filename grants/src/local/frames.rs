@@ -83,23 +83,7 @@ impl FrameFiles {
     }
 
     fn mount(size_max_bytes: Option<u64>) -> Result<Self, GrantError> {
-        let fs = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).map_err(sys("fsopen(tmpfs)"))?;
-        let set = |key: &'static str, value: &str| {
-            fsconfig_set_string(fs.as_fd(), key, value).map_err(sys("fsconfig(tmpfs)"))
-        };
-        set("mode", "0700")?;
-        // Frames are bounded by the budget, not by half the machine's memory, which is the default.
-        set("size", &size_max_bytes.unwrap_or(0).to_string())?;
-        set("nr_inodes", "0")?;
-        // Kernels without huge pages do not know the option, and need none.
-        match fsconfig_set_string(fs.as_fd(), "huge", "never") {
-            Ok(()) | Err(Errno::INVAL) => {}
-            Err(errno) => return Err(sys("fsconfig(huge=never)")(errno)),
-        }
-        fsconfig_create(fs.as_fd()).map_err(sys("fsconfig(create)"))?;
-        let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
-        let writable = fsmount(fs.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)
-            .map_err(sys("fsmount"))?;
+        let writable = tmpfs(size_max_bytes)?;
         let read_only = twin::read_only(writable.as_fd())?;
         Ok(Self::Mount {
             writable,
@@ -112,11 +96,7 @@ impl FrameFiles {
         let Self::Mount { writable, .. } = self else {
             return Ok(());
         };
-        let flags = FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_EMPTY_PATH;
-        let fs = fspick(writable, "", flags).map_err(sys("fspick(tmpfs)"))?;
-        fsconfig_set_string(fs.as_fd(), "size", size_max_bytes.to_string())
-            .map_err(sys("fsconfig(tmpfs size)"))?;
-        fsconfig_reconfigure(fs.as_fd()).map_err(sys("fsconfig(reconfigure)"))
+        set_tmpfs_size(writable, size_max_bytes)
     }
 
     fn memfd() -> Result<Self, GrantError> {
@@ -132,6 +112,14 @@ impl FrameFiles {
                 bulk,
             }),
             Err(errno) => Err(sys("memfd_create")(errno)),
+        }
+    }
+
+    /// Where files of the daemon's own can be made; `None`: memfds.
+    pub(super) fn mount_of_our_own(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Self::Mount { writable, .. } => Some(writable.as_fd()),
+            Self::Memfd { .. } => None,
         }
     }
 
@@ -209,6 +197,35 @@ impl FrameFiles {
             Self::Memfd { .. } => Ok(()),
         }
     }
+}
+
+/// A tmpfs that is attached nowhere.
+pub(super) fn tmpfs(size_max_bytes: Option<u64>) -> Result<OwnedFd, GrantError> {
+    let fs = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).map_err(sys("fsopen(tmpfs)"))?;
+    let set = |key: &'static str, value: &str| {
+        fsconfig_set_string(fs.as_fd(), key, value).map_err(sys("fsconfig(tmpfs)"))
+    };
+    set("mode", "0700")?;
+    // Frames are bounded by the budget, not by half the machine's memory, which is the default.
+    set("size", &size_max_bytes.unwrap_or(0).to_string())?;
+    set("nr_inodes", "0")?;
+    // Kernels without huge pages do not know the option, and need none.
+    match fsconfig_set_string(fs.as_fd(), "huge", "never") {
+        Ok(()) | Err(Errno::INVAL) => {}
+        Err(errno) => return Err(sys("fsconfig(huge=never)")(errno)),
+    }
+    fsconfig_create(fs.as_fd()).map_err(sys("fsconfig(create)"))?;
+    let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
+    fsmount(fs.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes).map_err(sys("fsmount"))
+}
+
+/// Changes how much the files of a tmpfs may hold.
+pub(super) fn set_tmpfs_size(mount: &OwnedFd, size_max_bytes: u64) -> Result<(), GrantError> {
+    let flags = FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_EMPTY_PATH;
+    let fs = fspick(mount, "", flags).map_err(sys("fspick(tmpfs)"))?;
+    fsconfig_set_string(fs.as_fd(), "size", size_max_bytes.to_string())
+        .map_err(sys("fsconfig(tmpfs size)"))?;
+    fsconfig_reconfigure(fs.as_fd()).map_err(sys("fsconfig(reconfigure)"))
 }
 
 /// Unique by `id`; the label is for people who look at /proc/PID/maps.

@@ -1,17 +1,19 @@
 //! One home: one frame file.
 
+use super::beside::Beside;
+use super::file::{next_data, next_hole, punch, read};
 use super::frames::{FrameFiles, sys};
 use super::handle::Handle;
 use super::huge;
 use crate::error::GrantError;
 use crate::ids::{PAGE_SIZE, PAGE_SIZE_U64, pages_for};
 use crate::limits::HUGE_PAGES;
-use parking_lot::RwLock;
-use rustix::fs::{FallocateFlags, SeekFrom};
+use parking_lot::{Mutex, RwLock};
 use rustix::io::Errno;
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The 2 MiB units of a home that one huge page backs, by their first page.
 type HugeUnits = BTreeSet<u64>;
@@ -19,13 +21,25 @@ type HugeUnits = BTreeSet<u64>;
 /// See the module. Pages are plain numbers here, already checked to be within a `u64` of bytes.
 pub(super) struct Home {
     file: Handle,
-    bytes: u64,
+    pub(super) files: Arc<FrameFiles>,
+    /// Changes only while `beside` and `huge` are held for writing.
+    bytes: AtomicU64,
     /// Writes many pages by one call.
     bulk: bool,
     /// Held for writing while pages are taken out, because splitting a huge unit moves pages that
     /// nobody is taking out, and by whatever must be the only user of the file; held for reading by
     /// whoever uses it and must not be in the way of either.
     huge: RwLock<HugeUnits>,
+    /// Locked before `huge`.
+    pub(super) beside: Mutex<Beside>,
+}
+
+/// Lengths are signed to the kernel.
+pub(super) fn check_bytes(bytes: u64) -> Result<(), GrantError> {
+    match i64::try_from(bytes) {
+        Ok(_) => Ok(()),
+        Err(_) => Err(GrantError::BadRange(format!("a file of {bytes} bytes"))),
+    }
 }
 
 impl Home {
@@ -35,20 +49,21 @@ impl Home {
         label: &str,
         bytes: u64,
     ) -> Result<Self, GrantError> {
-        if i64::try_from(bytes).is_err() {
-            return Err(GrantError::BadRange(format!("a file of {bytes} bytes")));
-        }
+        check_bytes(bytes)?;
         Ok(Self {
             file: Handle::create(files, id, label, bytes)?,
-            bytes,
+            files: Arc::clone(files),
+            bytes: AtomicU64::new(bytes),
             bulk: files.bulk(),
             huge: RwLock::new(HugeUnits::new()),
+            beside: Mutex::default(),
         })
     }
 
     /// Ends the home. Whoever still has it open or mapped finds an empty file: reading gives
     /// nothing, touching it SIGBUS, and never zeros.
     pub(super) fn close(&self) -> Result<(), GrantError> {
+        self.beside.lock().end();
         let _alone = self.huge.write();
         self.file.end()
     }
@@ -61,7 +76,7 @@ impl Home {
     /// The daemon lets go of the file, so that programs can run from it.
     pub(super) fn make_runnable(&self) -> Result<(), GrantError> {
         let _alone = self.huge.write();
-        if next_hole(&*self.file.reader()?, 0)? < self.bytes {
+        if next_hole(&*self.file.reader()?, 0)? < self.bytes() {
             let what = "programs run only from a home without holes";
             return Err(GrantError::BadRange(what.to_owned()));
         }
@@ -79,7 +94,7 @@ impl Home {
     /// Checks that `count` pages from `first` are in the file; gives their bytes as (offset, end),
     /// `end` being a page boundary that may lie past the file's last byte.
     pub(super) fn range(&self, first: u64, count: usize) -> Result<(u64, u64), GrantError> {
-        let pages = pages_for(self.bytes);
+        let pages = pages_for(self.bytes());
         match first.checked_add(count as u64) {
             Some(end) if end <= pages => Ok((first * PAGE_SIZE_U64, end * PAGE_SIZE_U64)),
             _ => Err(GrantError::BadRange(format!(
@@ -109,7 +124,7 @@ impl Home {
     /// Writes up to the file's last byte; the kernel zeroes the rest of that page.
     fn write(&self, file: &OwnedFd, from: u64, end: u64, data: &[u8]) -> Result<(), GrantError> {
         let mut at = from;
-        let end = end.min(self.bytes);
+        let end = end.min(self.bytes());
         while at < end {
             let step_end = if self.bulk {
                 end
@@ -128,31 +143,26 @@ impl Home {
     }
 
     /// Reads one page; past the end of the file come zeros.
-    pub(super) fn load(&self, page: u64, buf: &mut [u8]) -> Result<(), GrantError> {
+    pub(super) fn load_here(&self, page: u64, buf: &mut [u8]) -> Result<(), GrantError> {
         let (from, _) = self.range(page, 1)?;
         let _no_splitting = self.huge.read();
-        self.read(&*self.file.reader()?, from, buf)
+        read(&*self.file.reader()?, from, buf)
     }
 
-    fn read(&self, file: &OwnedFd, from: u64, buf: &mut [u8]) -> Result<(), GrantError> {
-        let mut have = 0;
-        while have < buf.len() {
-            let at = from + have as u64;
-            let rest = &mut buf[have..];
-            match rustix::io::retry_on_intr(|| rustix::io::pread(file, &mut *rest, at)) {
-                Ok(0) => {
-                    rest.fill(0);
-                    break;
-                }
-                Ok(n) => have += n,
-                Err(errno) => return Err(sys("pread of a frame")(errno)),
-            }
-        }
-        Ok(())
+    /// Writes into a page that is there; past the end of the file nothing.
+    pub(super) fn write_here(&self, at: u64, data: &[u8]) -> Result<(), GrantError> {
+        let _not_resting = self.huge.read();
+        self.write(&*self.file.writer()?, at, at + data.len() as u64, data)
+    }
+
+    /// Is the page at byte `from` there?
+    pub(super) fn holds(&self, from: u64) -> Result<bool, GrantError> {
+        let _no_splitting = self.huge.read();
+        Ok(next_data(&*self.file.reader()?, from)? == Some(from))
     }
 
     /// Takes pages out: they are unmapped everywhere, and what comes next to them is a fault.
-    pub(super) fn discard(&self, first: u64, count: usize) -> Result<(), GrantError> {
+    pub(super) fn discard_here(&self, first: u64, count: usize) -> Result<(), GrantError> {
         let (from, end) = self.range(first, count)?;
         let mut huge = self.huge.write();
         let file = self.file.writer()?;
@@ -181,7 +191,7 @@ impl Home {
             if from < to {
                 // At most 2 MiB.
                 let mut data = vec![0; ((to - from) * PAGE_SIZE_U64) as usize];
-                self.read(file, from * PAGE_SIZE_U64, &mut data)?;
+                read(file, from * PAGE_SIZE_U64, &mut data)?;
                 saved.push((from, to, data));
             }
         }
@@ -197,8 +207,29 @@ impl Home {
         Ok(())
     }
 
+    /// Makes the file another length; pages from `first` on, the first that is not whole before and
+    /// afterwards, hold nothing but what strangers put there.
+    pub(super) fn resize_here(&self, first: u64, bytes: u64) -> Result<(), GrantError> {
+        let huge = self.huge.write();
+        let file = self.file.writer()?;
+        if let Some(unit) = huge.range(first.saturating_sub(HUGE_PAGES - 1)..).next() {
+            let what = format!("the file is cut where pages from {unit} on are one huge page");
+            return Err(GrantError::BadRange(what));
+        }
+        let end = pages_for(self.bytes().max(bytes));
+        punch(&file, first * PAGE_SIZE_U64, end * PAGE_SIZE_U64)?;
+        rustix::fs::ftruncate(&*file, bytes).map_err(sys("ftruncate of a frame file"))?;
+        self.bytes.store(bytes, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// The file's length.
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
     /// Runs of pages that are there, as (first, count).
-    pub(super) fn present_pages(&self) -> Result<Vec<(u64, u64)>, GrantError> {
+    pub(super) fn present_here(&self) -> Result<Vec<(u64, u64)>, GrantError> {
         let _no_splitting = self.huge.read();
         let file = self.file.reader()?;
         let mut runs = Vec::new();
@@ -231,39 +262,12 @@ impl Home {
         }
         // The kernel would fill holes with zeros. Nothing is taken out while we hold the lock.
         let file = self.file.reader()?;
-        let whole =
-            next_data(&file, from)? == Some(from) && next_hole(&file, from)? >= end.min(self.bytes);
+        let whole = next_data(&file, from)? == Some(from)
+            && next_hole(&file, from)? >= end.min(self.bytes());
         if !whole || !huge::collapse(file.as_fd(), from)? {
             return Ok(false);
         }
         huge.insert(unit);
         Ok(true)
-    }
-}
-
-fn punch(file: &OwnedFd, from: u64, end: u64) -> Result<(), GrantError> {
-    if from == end {
-        return Ok(());
-    }
-    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-    rustix::io::retry_on_intr(|| rustix::fs::fallocate(file, flags, from, end - from))
-        .map_err(sys("fallocate(punch) of a frame file"))
-}
-
-/// The first byte from `from` on that is in a page; `None`: nothing comes behind it.
-fn next_data(file: &OwnedFd, from: u64) -> Result<Option<u64>, GrantError> {
-    match rustix::fs::seek(file, SeekFrom::Data(from)) {
-        Ok(data) => Ok(Some(data)),
-        Err(Errno::NXIO) => Ok(None),
-        Err(errno) => Err(sys("lseek(SEEK_DATA)")(errno)),
-    }
-}
-
-/// The first byte from `from` on that is in no page: the end of the file, if no other.
-fn next_hole(file: &OwnedFd, from: u64) -> Result<u64, GrantError> {
-    match rustix::fs::seek(file, SeekFrom::Hole(from)) {
-        // At the end already (an empty file).
-        Err(Errno::NXIO) => Ok(from),
-        hole => hole.map_err(sys("lseek(SEEK_HOLE)")),
     }
 }

@@ -10,6 +10,11 @@
 //! they are written. The bit goes when the guest says that it unmapped (which is its word, where
 //! Xen has the hypervisor's), when it ends, or by force.
 //!
+//! **Pages that guests write** are not in the home but in files beside it ([`Where`](crate::Where)), which
+//! their writers have writable descriptors of: an arena for each session and home, one common file for each
+//! home. What is placed there is taken out of the home, which is what takes it from those that read it; what
+//! comes back is read once, as the bytes are at that moment.
+//!
 //! **A hole in a frame file reads as zeros** to whoever maps it without a fault handler, and the
 //! kernel then keeps the page of zeros in the file, where others find it. Guests that use the
 //! library never do that. A hostile guest can, to those that have the same descriptor: a home belongs
@@ -17,9 +22,12 @@
 //! [`frames`] module.
 
 mod backend;
+mod beside;
 #[cfg(test)]
 mod containment;
+mod file;
 mod frames;
+mod guest_file;
 mod handle;
 mod home;
 mod huge;
@@ -29,15 +37,16 @@ pub use frames::FrameStore;
 
 use crate::entry::OwnEntries;
 use crate::error::GrantError;
-use crate::ids::{FrameNo, HomeId, TableId, TrustClass};
+use crate::ids::{DomId, FrameNo, HomeId, TableId, TrustClass};
 use crate::limits::{HUGE_PAGES, LOCAL_ENTRIES_DEFAULT};
 use crate::table::{GrantTables, Placement};
 use frames::FrameFiles;
+use guest_file::GuestFiles;
 use home::Home;
 use parking_lot::{Mutex, RwLock};
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 
 /// How the local backend is to be.
 #[derive(Clone, Debug)]
@@ -56,6 +65,9 @@ pub struct LocalConfig {
     /// The same for the frame files of one class that is not the daemon's own; `None`: as
     /// `size_max_bytes`. Without a private mount there is no such limit.
     pub class_size_max_bytes: Option<u64>,
+    /// The most bytes that the arenas of one session may hold together, and the common file of one home;
+    /// `None`: what the machine has. A guest can fill them. Without a private mount there is no such limit.
+    pub arena_size_max_bytes: Option<u64>,
     /// Where frame files are made.
     pub store: FrameStore,
 }
@@ -68,6 +80,7 @@ impl Default for LocalConfig {
             size_max_bytes: None,
             class_size_max_bytes: None,
             entries: LOCAL_ENTRIES_DEFAULT,
+            arena_size_max_bytes: None,
             store: FrameStore::Auto,
         }
     }
@@ -93,6 +106,8 @@ pub struct LocalBackend {
     own_files: Arc<FrameFiles>,
     homes: RwLock<HashMap<HomeId, Arc<Home>>>,
     next_home: AtomicU64,
+    /// Where the arenas of each session are made, as long as it has any.
+    sessions: Mutex<HashMap<DomId, Weak<GuestFiles>>>,
     tables: GrantTables<OwnEntries, OneTable>,
     foreign_pages: AtomicU64,
     /// What the frame files of one class that is not the daemon's own may hold, now.
@@ -121,6 +136,7 @@ impl LocalBackend {
             own_files,
             homes: RwLock::new(HashMap::new()),
             next_home: AtomicU64::new(1),
+            sessions: Mutex::default(),
             tables,
             foreign_pages: AtomicU64::new(0),
         };
@@ -196,6 +212,23 @@ impl LocalBackend {
                        never: it puts huge pages under every tmpfs file)",
             })
         }
+    }
+
+    fn guest_files(&self) -> Result<Arc<GuestFiles>, GrantError> {
+        let size_max_bytes = self.config.arena_size_max_bytes;
+        GuestFiles::new(self.store_kind(), size_max_bytes).map(Arc::new)
+    }
+
+    /// Where arenas of a session are made.
+    fn guest_files_of(&self, dom: DomId) -> Result<Arc<GuestFiles>, GrantError> {
+        let sessions = &mut *self.sessions.lock();
+        if let Some(files) = sessions.get(&dom).and_then(Weak::upgrade) {
+            return Ok(files);
+        }
+        sessions.retain(|_, files| files.strong_count() > 0);
+        let files = self.guest_files()?;
+        sessions.insert(dom, Arc::downgrade(&files));
+        Ok(files)
     }
 
     fn home(&self, home: HomeId) -> Result<Arc<Home>, GrantError> {

@@ -4,7 +4,7 @@
 use super::XenBackend;
 use super::frames::Domains;
 use super::records::Found;
-use crate::backend::LedgerAudit;
+use crate::backend::{Access, LedgerAudit};
 use crate::ids::FrameNo;
 use crate::limits::AUDIT_LINES_MAX;
 
@@ -24,10 +24,10 @@ impl XenBackend {
         }
         let homes: Vec<_> = self.homes.read().values().cloned().collect();
         for home in homes {
-            for (&page, &frame) in &*home.pages.lock() {
-                let wanted = |within| Found::Record(self.record(home.id, page, within));
+            for &(page, frame) in &*home.pages.lock() {
+                let wanted = |within| self.record(home.id, page, within);
                 let found = found(domains, frame);
-                if found.is_none_or(|(found, within)| found != wanted(within)) {
+                if found.is_none_or(|(found, within)| !found.is_of(wanted(within))) {
                     differs(
                         audit,
                         Some(format!(
@@ -38,6 +38,26 @@ impl XenBackend {
                 }
             }
         }
+    }
+
+    /// What is granted for writing is dirty.
+    pub(super) fn audit_writable(&self, audit: &mut LedgerAudit) {
+        self.tables.each_grant(&mut |grant| {
+            if grant.access != Access::ReadWrite {
+                return;
+            }
+            let is_dirty = |found| matches!(found, Found::Record(record) if record.is_dirty);
+            let domains = &*self.domains.read();
+            let found = found(domains, grant.frame).map(|(found, _)| found);
+            // It may have been taken back since.
+            if !found.is_some_and(is_dirty) && self.tables.is_writable(grant.frame) {
+                let line = format!(
+                    "frame {} is granted for writing, its record says {found:?}",
+                    grant.frame.0
+                );
+                differs(audit, Some(line));
+            }
+        });
     }
 
     fn audit_record(&self, domains: &Domains, frame: FrameNo) -> Option<String> {
@@ -64,7 +84,7 @@ impl XenBackend {
                 Found::Nothing => return None,
                 Found::Record(record)
                     if (record.home, record.life) == (home.id, self.life)
-                        && pages.get(&record.page) == Some(&frame) =>
+                        && pages.contains(&(record.page, frame)) =>
                 {
                     return None;
                 }

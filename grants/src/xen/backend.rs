@@ -6,7 +6,7 @@ use super::home::{Home, check_placed};
 use super::records::{Found, Record};
 use crate::backend::{
     Access, Backend, Capabilities, DomainEnd, FramesThere, GrantInfo, HomeSpec, LedgerAudit,
-    Revocation, TableInfo,
+    Revocation, TableInfo, Where,
 };
 use crate::error::GrantError;
 use crate::ids::{DomId, FrameNo, Grant, HomeId, PAGE_SIZE, PageIndex, TableId};
@@ -65,10 +65,31 @@ impl XenBackend {
         Ok(())
     }
 
+    /// Says in the records of frames that they are dirty, or not.
+    fn mark(&self, frames: &[FrameNo], is_dirty: bool) -> Result<(), GrantError> {
+        let domains = self.domains.read();
+        for &frame in frames {
+            let (domain, within) = domains.of(frame)?;
+            let records = domain.records()?;
+            let Found::Record(record) = records.get(within) else {
+                let what = format!("frame {} holds nothing", frame.0);
+                return Err(GrantError::BadRange(what));
+            };
+            // Records agree with their homes while these are locked.
+            let home = self.home(record.home)?;
+            let _pages = home.pages.lock();
+            if record.is_dirty != is_dirty {
+                records.put(Record { is_dirty, ..record });
+            }
+        }
+        Ok(())
+    }
+
     pub(super) fn record(&self, home: HomeId, page: u64, within: u32) -> Record {
         Record {
             home,
             page,
+            is_dirty: false,
             frame: within,
             life: self.life,
         }
@@ -86,7 +107,7 @@ impl Backend for XenBackend {
             read_only_enforced: true,
             executable_mappings: false,
             forced_revoke: false,
-            in_place_upgrade: false,
+            in_place_upgrade: true,
             descriptors: false,
         }
     }
@@ -142,7 +163,11 @@ impl Backend for XenBackend {
 
     /// Does anybody hold a grant of any page?
     fn home_in_use(&self, home: HomeId) -> Result<bool, GrantError> {
-        let frames: Vec<FrameNo> = self.home(home)?.pages.lock().values().copied().collect();
+        let frames: Vec<FrameNo> = {
+            let home = self.home(home)?;
+            let pages = home.pages.lock();
+            pages.iter().map(|&(_, frame)| frame).collect()
+        };
         Ok(self.tables.first_granted(&frames).is_some())
     }
 
@@ -167,7 +192,7 @@ impl Backend for XenBackend {
             let (domain, within) = domains.of(frame)?;
             let record = self.record(home.id, page, within);
             domain.records()?.put(record);
-            pages.insert(page, frame);
+            pages.insert((page, frame));
         }
         Ok(())
     }
@@ -204,8 +229,94 @@ impl Backend for XenBackend {
         for (page, &frame) in (first.0..).zip(frames) {
             let (domain, within) = domains.of(frame)?;
             domain.records()?.clear(within);
-            pages.remove(&page);
+            pages.remove(&(page, frame));
         }
+        Ok(())
+    }
+
+    fn arena(&self, _home: HomeId, _dom: DomId) -> Result<OwnedFd, GrantError> {
+        unsupported("a descriptor of a file")
+    }
+
+    fn end_arena(&self, _home: HomeId, _dom: DomId) -> Result<(), GrantError> {
+        Ok(())
+    }
+
+    fn common(&self, _home: HomeId) -> Result<(u32, OwnedFd), GrantError> {
+        unsupported("a descriptor of a file")
+    }
+
+    fn renew_common(&self, _home: HomeId) -> Result<(), GrantError> {
+        Ok(())
+    }
+
+    fn place(
+        &self,
+        _home: HomeId,
+        _page: PageIndex,
+        _frame: FrameNo,
+        _from: Where,
+        _to: Where,
+        _leave: bool,
+    ) -> Result<(), GrantError> {
+        Ok(())
+    }
+
+    fn load_at(
+        &self,
+        home: HomeId,
+        page: PageIndex,
+        frame: FrameNo,
+        _at: Where,
+        buf: &mut [u8],
+    ) -> Result<(), GrantError> {
+        self.load(home, page, frame, buf)?;
+        let home = self.home(home)?;
+        if let Some(tail) = buf.get_mut(home.bytes_of(page)..) {
+            tail.fill(0);
+        }
+        Ok(())
+    }
+
+    fn write_at(
+        &self,
+        home: HomeId,
+        page: PageIndex,
+        frame: FrameNo,
+        _at: Where,
+        offset: usize,
+        bytes: &[u8],
+    ) -> Result<(), GrantError> {
+        if offset
+            .checked_add(bytes.len())
+            .is_none_or(|end| end > PAGE_SIZE)
+        {
+            let what = format!(
+                "{} bytes from {offset} on are not within a page",
+                bytes.len()
+            );
+            return Err(GrantError::BadRange(what));
+        }
+        let home = self.home(home)?;
+        self.mark(&[frame], true)?;
+        let domains = self.domains.read();
+        check_placed(&home.pages.lock(), page, &[frame])?;
+        let (domain, within) = domains.of(frame)?;
+        domain.frame(within)?.write_from(offset, bytes);
+        Ok(())
+    }
+
+    fn note_saved(&self, home: HomeId, page: PageIndex, frame: FrameNo) -> Result<(), GrantError> {
+        check_placed(&self.home(home)?.pages.lock(), page, &[frame])?;
+        if self.tables.is_writable(frame) {
+            return Ok(());
+        }
+        self.mark(&[frame], false)
+    }
+
+    /// Frames stay: that pages past the end are mapped by nobody is the cache's to see to.
+    fn resize_home(&self, home: HomeId, bytes: u64) -> Result<(), GrantError> {
+        self.home(home)?.resize(bytes);
         Ok(())
     }
 
@@ -253,6 +364,9 @@ impl Backend for XenBackend {
                 "session {} was bound to no domain",
                 dom.0
             )));
+        }
+        if access == Access::ReadWrite {
+            self.mark(frames, true)?;
         }
         self.tables.grant(dom, access, frames, false, out)
     }
@@ -312,6 +426,7 @@ impl Backend for XenBackend {
     fn audit(&self) -> LedgerAudit {
         let mut audit = self.tables.audit();
         self.audit_records(&mut audit);
+        self.audit_writable(&mut audit);
         self.audit_domains(&mut audit);
         audit
     }
@@ -321,13 +436,15 @@ impl Backend for XenBackend {
         let domains = self.domains.read();
         let pages = home.pages.lock();
         let mut runs: Vec<(PageIndex, u64)> = Vec::new();
-        for (&page, &frame) in &*pages {
+        for &(page, frame) in &*pages {
             let (domain, within) = domains.of(frame)?;
             let record = self.record(home.id, page, within);
-            if domain.records()?.get(within) != Found::Record(record) {
+            if !domain.records()?.get(within).is_of(record) {
                 continue;
             }
             match runs.last_mut() {
+                // In another frame too.
+                Some((first, count)) if first.0 + *count == page + 1 => {}
                 Some((first, count)) if first.0 + *count == page => *count += 1,
                 _ => runs.push((PageIndex(page), 1)),
             }

@@ -7,12 +7,12 @@
 //! the rest      frames
 //!
 //! header  | "copage.X" 8 | layout 4 | MiB 4 | grant frames 4 | number 4 | checksum 8 |
-//! record  | home 8 | page 8 | frame 4 | life 4 | checksum 8 |
+//! record  | home 8 | page 8, its top bit: dirty | frame 4 | life 4 | checksum 8 |
 //! ```
 //!
 //! All numbers are little-endian. A record is written when the page is in its frame and before any
-//! entry of the frame is; it is cleared before the frame is used for anything else. The memory is
-//! mapped by nobody but the daemon.
+//! entry of the frame is; it says dirty before there is an entry for writing, until the content is saved;
+//! it is cleared before the frame is used for anything else. The memory is mapped by nobody but the daemon.
 
 use crate::ids::{HomeId, PAGE_SIZE};
 use crate::volatile::VolatileBytesMut;
@@ -24,8 +24,10 @@ pub(super) const RECORDS_PER_PAGE: u32 = (PAGE_SIZE / RECORD_BYTES) as u32;
 
 const MAGIC: [u8; 8] = *b"copage.X";
 /// Rises when header, records, or where frames begin change.
-const LAYOUT: u32 = 1;
+const LAYOUT: u32 = 2;
 const HEADER_BYTES: usize = 32;
+/// In the number of a page, none of which is so large.
+const DIRTY: u64 = 1 << 63;
 
 /// How a cache domain is laid out; in its first page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,6 +67,8 @@ impl Header {
 pub(super) struct Record {
     pub home: HomeId,
     pub page: u64,
+    /// The frame may have content that is on no disk.
+    pub is_dirty: bool,
     /// The frame's number within its domain.
     pub frame: u32,
     /// Tells apart the homes of two daemons: when the daemon began, in ms since 1970, the lower bits.
@@ -81,11 +85,20 @@ pub(super) enum Found {
     Torn,
 }
 
+impl Found {
+    /// The record, dirty or not.
+    pub(super) fn is_of(self, record: Record) -> bool {
+        let is_dirty = record.is_dirty;
+        matches!(self, Self::Record(found) if Record { is_dirty, ..found } == record)
+    }
+}
+
 impl Record {
     fn encode(self) -> [u8; RECORD_BYTES] {
         let mut bytes = [0; RECORD_BYTES];
         bytes[..8].copy_from_slice(&self.home.0.to_le_bytes());
-        bytes[8..16].copy_from_slice(&self.page.to_le_bytes());
+        let dirty = if self.is_dirty { DIRTY } else { 0 };
+        bytes[8..16].copy_from_slice(&(self.page & !DIRTY | dirty).to_le_bytes());
         bytes[16..20].copy_from_slice(&self.frame.to_le_bytes());
         bytes[20..24].copy_from_slice(&self.life.to_le_bytes());
         seal(&mut bytes);
@@ -98,7 +111,8 @@ impl Record {
         }
         let record = Self {
             home: HomeId(u64_at(bytes, 0)),
-            page: u64_at(bytes, 8),
+            page: u64_at(bytes, 8) & !DIRTY,
+            is_dirty: u64_at(bytes, 8) & DIRTY != 0,
             frame: u64_at(bytes, 16) as u32,
             life: (u64_at(bytes, 16) >> 32) as u32,
         };
@@ -181,6 +195,7 @@ mod tests {
         Record {
             home: HomeId(7),
             page: 1 << 33,
+            is_dirty: frame % 2 == 1,
             frame,
             life: 0xfeed_f00d,
         }
@@ -191,6 +206,13 @@ mod tests {
         let mut memory = vec![0; 4 * RECORD_BYTES];
         let records = Records::new(view(&mut memory));
         assert_eq!(records.get(2), Found::Nothing);
+        records.put(record(3));
+        assert_eq!(records.get(3), Found::Record(record(3)), "dirty");
+        assert!(records.get(3).is_of(Record {
+            is_dirty: false,
+            ..record(3)
+        }));
+        records.clear(3);
         records.put(record(2));
         assert_eq!(records.get(2), Found::Record(record(2)));
         assert_eq!(
