@@ -68,3 +68,11 @@ pub const TOOLSTACK_DEADLINE_S: u64 = 120;
 /// How long an entry's number rests before it is used again, in ms: a session's term of 5 s, 1 % for
 /// clocks that differ, and a little.
 pub const GREF_REST_MS_DEFAULT: u64 = 5100;
+
+/// How long the daemon waits for a page to be taken out of a guest's file before it says that the guest holds
+/// it up, in ms: it takes a few us, or as long as the guest likes.
+pub const SWEEP_WAIT_MS: u64 = 100;
+
+/// Files of guests that have ended and that one trust class may keep from being emptied; each is bounded by its
+/// session's limit.
+pub const ENDED_FILES_MAX: usize = 16;

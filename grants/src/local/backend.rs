@@ -64,7 +64,7 @@ impl Backend for LocalBackend {
 
     fn open_home(&self, spec: &HomeSpec) -> Result<HomeId, GrantError> {
         let id = self.next_home.fetch_add(1, Ordering::Relaxed);
-        let home = Home::create(&self.files_of(spec.class)?, id, &spec.label, spec.bytes)?;
+        let home = Home::create(&self.files_of(spec.class)?, id, spec)?;
         self.homes.write().insert(HomeId(id), Arc::new(home));
         Ok(HomeId(id))
     }
@@ -130,7 +130,10 @@ impl Backend for LocalBackend {
     }
 
     fn arena(&self, home: HomeId, dom: DomId) -> Result<OwnedFd, GrantError> {
-        self.home(home)?.arena(dom, || self.guest_files_of(dom))
+        let home = self.home(home)?;
+        home.arena(dom, || {
+            self.guest_file(home.class, &self.guest_files_of(dom)?)
+        })
     }
 
     fn end_arena(&self, home: HomeId, dom: DomId) -> Result<(), GrantError> {
@@ -138,7 +141,8 @@ impl Backend for LocalBackend {
     }
 
     fn common(&self, home: HomeId) -> Result<(u32, OwnedFd), GrantError> {
-        self.home(home)?.common(|| self.guest_files())
+        let home = self.home(home)?;
+        home.common(|| self.guest_file(home.class, &self.guest_files()?))
     }
 
     fn renew_common(&self, home: HomeId) -> Result<(), GrantError> {

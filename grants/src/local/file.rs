@@ -24,6 +24,23 @@ pub(super) fn read(file: &OwnedFd, from: u64, buf: &mut [u8]) -> Result<(), Gran
     Ok(())
 }
 
+/// Writes all of `data`.
+pub(super) fn write(file: &OwnedFd, from: u64, data: &[u8]) -> Result<(), GrantError> {
+    let mut at = from;
+    let mut rest = data;
+    while !rest.is_empty() {
+        match rustix::io::retry_on_intr(|| rustix::io::pwrite(file, rest, at)) {
+            Ok(0) => return Err(sys("pwrite of a frame")(Errno::IO)),
+            Ok(written) => {
+                rest = &rest[written..];
+                at += written as u64;
+            }
+            Err(errno) => return Err(sys("pwrite of a frame")(errno)),
+        }
+    }
+    Ok(())
+}
+
 /// Takes the bytes out: they are unmapped everywhere.
 pub(super) fn punch(file: &OwnedFd, from: u64, end: u64) -> Result<(), GrantError> {
     if from == end {

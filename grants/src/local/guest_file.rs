@@ -1,18 +1,28 @@
 //! Files that guests write: for pages that one session alone writes (arenas), and for those that several do.
 //!
-//! Whoever has a writable descriptor can write, truncate and fill the whole file. So nothing of it is read
-//! but pages that were placed there, it lies in a tmpfs of its own, with a limit, and the daemon's own files
-//! in others: a guest that may open files by their handles would find them beside it else.
+//! Whoever has a writable descriptor can write, truncate, fill and lock the whole file:
+//!
+//! * nothing of it is read but pages that were placed there;
+//! * it lies in a tmpfs of its own, with a limit, and the daemon's own files in others (a guest that may open
+//!   files by their handles would find them beside it else);
+//! * a guest in the middle of a `write` holds the inode's lock for as long as it lets a fault of its own
+//!   memory wait. So nobody here takes that lock but a thread that may wait ([`super::sweeper`]): pages are
+//!   written by a mapping, and the file is as long as any can be from the start.
 
 use super::file;
 use super::frames::{self, FrameStore, sys};
+use super::window::Window;
 use crate::error::GrantError;
 use crate::ids::PAGE_SIZE_U64;
+use parking_lot::Mutex;
 use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
 use rustix::io::Errno;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+
+/// The length of every such file: no file is longer.
+const FILE_BYTES: u64 = i64::MAX as u64 / PAGE_SIZE_U64 * PAGE_SIZE_U64;
 
 /// Where such files of one session, or one home, are made.
 pub(super) struct GuestFiles {
@@ -38,10 +48,6 @@ impl GuestFiles {
     pub(super) fn end(&self) {
         self.is_over.store(true, Ordering::Relaxed);
     }
-
-    pub(super) fn is_over(&self) -> bool {
-        self.is_over.load(Ordering::Relaxed)
-    }
 }
 
 impl Drop for GuestFiles {
@@ -55,80 +61,62 @@ impl Drop for GuestFiles {
     }
 }
 
-/// A file as long as its home, and beside it.
-pub(super) struct SideFile {
-    file: OwnedFd,
-    /// Of guests' files.
-    files: Option<Arc<GuestFiles>>,
+/// See the module.
+pub(super) struct GuestFile {
+    fd: OwnedFd,
+    window: Mutex<Option<Window>>,
+    files: Arc<GuestFiles>,
 }
 
-impl SideFile {
-    /// One that guests are given.
-    pub(super) fn for_guests(files: &Arc<GuestFiles>, bytes: u64) -> Result<Self, GrantError> {
-        let mount = files.mount.as_ref().map(std::os::fd::AsFd::as_fd);
+impl GuestFile {
+    pub(super) fn create(files: &Arc<GuestFiles>) -> Result<Self, GrantError> {
         Ok(Self {
-            file: create(mount, bytes)?,
-            files: Some(Arc::clone(files)),
-        })
-    }
-
-    /// One that only the daemon has, in `mount`.
-    pub(super) fn own(mount: Option<BorrowedFd<'_>>, bytes: u64) -> Result<Self, GrantError> {
-        Ok(Self {
-            file: create(mount, bytes)?,
-            files: None,
+            fd: create(files.mount.as_ref().map(AsFd::as_fd), FILE_BYTES)?,
+            window: Mutex::default(),
+            files: Arc::clone(files),
         })
     }
 
     /// The session that it was made for is gone.
     pub(super) fn is_over(&self) -> bool {
-        self.files.as_ref().is_some_and(|files| files.is_over())
+        self.files.is_over.load(Ordering::Relaxed)
     }
 
     /// A writable descriptor.
     pub(super) fn descriptor(&self) -> Result<OwnedFd, GrantError> {
-        let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        let path = format!("/proc/self/fd/{}", self.fd.as_raw_fd());
         let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK;
         rustix::fs::open(path, flags, Mode::empty()).map_err(sys("open of an arena"))
     }
 
-    /// Is the page at `from` in the file? (Of a guest's file that tells nothing.)
-    pub(super) fn holds(&self, from: u64) -> Result<bool, GrantError> {
-        Ok(file::next_data(&self.file, from)? == Some(from))
-    }
-
-    /// Zeros where the file is cut off.
+    /// Zeros where the guest took the page out, or cut the file off.
     pub(super) fn read(&self, from: u64, buf: &mut [u8]) -> Result<(), GrantError> {
-        file::read(&self.file, from, buf)
+        file::read(&self.fd, from, buf)
     }
 
+    /// Writes within one page.
     pub(super) fn write(&self, from: u64, data: &[u8]) -> Result<(), GrantError> {
-        let mut at = from;
-        let mut rest = data;
-        while !rest.is_empty() {
-            match rustix::io::retry_on_intr(|| rustix::io::pwrite(&self.file, rest, at)) {
-                Ok(0) => return Err(sys("pwrite of an arena")(Errno::IO)),
-                Ok(written) => {
-                    rest = &rest[written..];
-                    at += written as u64;
-                }
-                Err(errno) => return Err(sys("pwrite of an arena")(errno)),
-            }
-        }
-        Ok(())
+        let window = &mut *self.window.lock();
+        let window = match window {
+            Some(window) if window.has(from) => window,
+            other => other.insert(Window::over(&self.fd, from)?),
+        };
+        window.write(from, data)
     }
 
-    pub(super) fn punch(&self, from: u64, end: u64) -> Result<(), GrantError> {
-        file::punch(&self.file, from, end)
+    /// Takes pages out. Waits for as long as a guest likes.
+    pub(super) fn punch(&self, first: u64, end: u64) -> Result<(), GrantError> {
+        file::punch(&self.fd, first * PAGE_SIZE_U64, end * PAGE_SIZE_U64)
     }
 
-    pub(super) fn resize(&self, bytes: u64) -> Result<(), GrantError> {
-        rustix::fs::ftruncate(&self.file, bytes).map_err(sys("ftruncate of an arena"))
+    /// Takes all pages out. Waits for as long as a guest likes.
+    pub(super) fn empty(&self) -> Result<(), GrantError> {
+        file::punch(&self.fd, 0, FILE_BYTES)
     }
 }
 
 /// A new file without a name: in `mount`, or a memfd that nobody can seal.
-fn create(mount: Option<BorrowedFd<'_>>, bytes: u64) -> Result<OwnedFd, GrantError> {
+pub(super) fn create(mount: Option<BorrowedFd<'_>>, bytes: u64) -> Result<OwnedFd, GrantError> {
     let file = match mount {
         Some(mount) => {
             let flags = OFlags::TMPFILE | OFlags::EXCL | OFlags::RDWR | OFlags::CLOEXEC;

@@ -5,8 +5,9 @@ use super::file::{next_data, next_hole, punch, read};
 use super::frames::{FrameFiles, sys};
 use super::handle::Handle;
 use super::huge;
+use crate::backend::HomeSpec;
 use crate::error::GrantError;
-use crate::ids::{PAGE_SIZE, PAGE_SIZE_U64, pages_for};
+use crate::ids::{PAGE_SIZE, PAGE_SIZE_U64, TrustClass, pages_for};
 use crate::limits::HUGE_PAGES;
 use parking_lot::{Mutex, RwLock};
 use rustix::io::Errno;
@@ -21,9 +22,12 @@ type HugeUnits = BTreeSet<u64>;
 /// See the module. Pages are plain numbers here, already checked to be within a `u64` of bytes.
 pub(super) struct Home {
     file: Handle,
+    pub(super) class: TrustClass,
     pub(super) files: Arc<FrameFiles>,
     /// Changes only while `beside` and `huge` are held for writing.
     bytes: AtomicU64,
+    /// The most that it ever was: frames that were not let go of in time outlast their pages.
+    bytes_max: AtomicU64,
     /// Writes many pages by one call.
     bulk: bool,
     /// Held for writing while pages are taken out, because splitting a huge unit moves pages that
@@ -42,18 +46,30 @@ pub(super) fn check_bytes(bytes: u64) -> Result<(), GrantError> {
     }
 }
 
+/// The bytes of pages that are in a file of `bytes` bytes.
+fn range_of(bytes: u64, first: u64, count: usize) -> Result<(u64, u64), GrantError> {
+    let pages = pages_for(bytes);
+    match first.checked_add(count as u64) {
+        Some(end) if end <= pages => Ok((first * PAGE_SIZE_U64, end * PAGE_SIZE_U64)),
+        _ => Err(GrantError::BadRange(format!(
+            "{count} pages from page {first} of a home of {pages} pages"
+        ))),
+    }
+}
+
 impl Home {
     pub(super) fn create(
         files: &Arc<FrameFiles>,
         id: u64,
-        label: &str,
-        bytes: u64,
+        spec: &HomeSpec,
     ) -> Result<Self, GrantError> {
-        check_bytes(bytes)?;
+        check_bytes(spec.bytes)?;
         Ok(Self {
-            file: Handle::create(files, id, label, bytes)?,
+            file: Handle::create(files, id, &spec.label, spec.bytes)?,
+            class: spec.class,
             files: Arc::clone(files),
-            bytes: AtomicU64::new(bytes),
+            bytes: AtomicU64::new(spec.bytes),
+            bytes_max: AtomicU64::new(spec.bytes),
             bulk: files.bulk(),
             huge: RwLock::new(HugeUnits::new()),
             beside: Mutex::default(),
@@ -94,13 +110,7 @@ impl Home {
     /// Checks that `count` pages from `first` are in the file; gives their bytes as (offset, end),
     /// `end` being a page boundary that may lie past the file's last byte.
     pub(super) fn range(&self, first: u64, count: usize) -> Result<(u64, u64), GrantError> {
-        let pages = pages_for(self.bytes());
-        match first.checked_add(count as u64) {
-            Some(end) if end <= pages => Ok((first * PAGE_SIZE_U64, end * PAGE_SIZE_U64)),
-            _ => Err(GrantError::BadRange(format!(
-                "{count} pages from page {first} of a home of {pages} pages"
-            ))),
-        }
+        range_of(self.bytes(), first, count)
     }
 
     /// Puts whole pages in, from page `first` on. Gives whether pages were there that nobody had
@@ -163,7 +173,7 @@ impl Home {
 
     /// Takes pages out: they are unmapped everywhere, and what comes next to them is a fault.
     pub(super) fn discard_here(&self, first: u64, count: usize) -> Result<(), GrantError> {
-        let (from, end) = self.range(first, count)?;
+        let (from, end) = range_of(self.bytes_max.load(Ordering::Relaxed), first, count)?;
         let mut huge = self.huge.write();
         let file = self.file.writer()?;
         let units: Vec<u64> = huge
@@ -220,6 +230,7 @@ impl Home {
         punch(&file, first * PAGE_SIZE_U64, end * PAGE_SIZE_U64)?;
         rustix::fs::ftruncate(&*file, bytes).map_err(sys("ftruncate of a frame file"))?;
         self.bytes.store(bytes, Ordering::Relaxed);
+        self.bytes_max.fetch_max(bytes, Ordering::Relaxed);
         Ok(())
     }
 

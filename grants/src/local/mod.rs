@@ -25,28 +25,37 @@ mod backend;
 mod beside;
 #[cfg(test)]
 mod containment;
+#[cfg(test)]
+mod containment_writing;
 mod file;
 mod frames;
 mod guest_file;
 mod handle;
 mod home;
 mod huge;
+mod place;
+mod sweeper;
 mod twin;
+mod window;
 
 pub use frames::FrameStore;
 
+use crate::backend::HomeSpec;
 use crate::entry::OwnEntries;
 use crate::error::GrantError;
 use crate::ids::{DomId, FrameNo, HomeId, TableId, TrustClass};
 use crate::limits::{HUGE_PAGES, LOCAL_ENTRIES_DEFAULT};
 use crate::table::{GrantTables, Placement};
 use frames::FrameFiles;
-use guest_file::GuestFiles;
+use guest_file::{GuestFile, GuestFiles};
 use home::Home;
 use parking_lot::{Mutex, RwLock};
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
+use std::time::Duration;
+use sweeper::{Sweeper, SweptFile};
 
 /// How the local backend is to be.
 #[derive(Clone, Debug)]
@@ -108,6 +117,8 @@ pub struct LocalBackend {
     next_home: AtomicU64,
     /// Where the arenas of each session are made, as long as it has any.
     sessions: Mutex<HashMap<DomId, Weak<GuestFiles>>>,
+    /// One for each class whose guests write.
+    sweepers: Mutex<HashMap<TrustClass, Arc<Sweeper>>>,
     tables: GrantTables<OwnEntries, OneTable>,
     foreign_pages: AtomicU64,
     /// What the frame files of one class that is not the daemon's own may hold, now.
@@ -137,6 +148,7 @@ impl LocalBackend {
             homes: RwLock::new(HashMap::new()),
             next_home: AtomicU64::new(1),
             sessions: Mutex::default(),
+            sweepers: Mutex::default(),
             tables,
             foreign_pages: AtomicU64::new(0),
         };
@@ -194,12 +206,12 @@ impl LocalBackend {
     /// too, as zeros, without ever having been filled.
     fn probe(&self) -> Result<(), GrantError> {
         const PROBE_PAGES: u64 = 2 * HUGE_PAGES;
-        let home = Home::create(
-            &self.own_files,
-            0,
-            "probe",
-            PROBE_PAGES * crate::ids::PAGE_SIZE_U64,
-        )?;
+        let spec = HomeSpec {
+            label: "probe".to_owned(),
+            bytes: PROBE_PAGES * crate::ids::PAGE_SIZE_U64,
+            class: TrustClass::OWN,
+        };
+        let home = Home::create(&self.own_files, 0, &spec)?;
         home.store(1, &[1u8; crate::ids::PAGE_SIZE])?;
         let present = home.present_pages()?;
         home.close()?;
@@ -214,6 +226,7 @@ impl LocalBackend {
         }
     }
 
+    /// Where files for guests of one session, or one home, are made.
     fn guest_files(&self) -> Result<Arc<GuestFiles>, GrantError> {
         let size_max_bytes = self.config.arena_size_max_bytes;
         GuestFiles::new(self.store_kind(), size_max_bytes).map(Arc::new)
@@ -229,6 +242,27 @@ impl LocalBackend {
         let files = self.guest_files()?;
         sessions.insert(dom, Arc::downgrade(&files));
         Ok(files)
+    }
+
+    /// A file that guests of a class write.
+    fn guest_file(
+        &self,
+        class: TrustClass,
+        files: &Arc<GuestFiles>,
+    ) -> Result<SweptFile, GrantError> {
+        let sweepers = &mut *self.sweepers.lock();
+        let sweeper = match sweepers.entry(class) {
+            Entry::Occupied(sweeper) => sweeper.into_mut(),
+            Entry::Vacant(place) => place.insert(Arc::new(Sweeper::new()?)),
+        };
+        sweeper.take_up(GuestFile::create(files)?)
+    }
+
+    /// Waits until all that was taken from guests is out of their files too; `false`: some guest holds it up
+    /// for longer than `patience`.
+    pub fn wait_swept(&self, patience: Duration) -> bool {
+        let sweepers: Vec<_> = self.sweepers.lock().values().cloned().collect();
+        sweepers.iter().all(|sweeper| sweeper.wait(patience))
     }
 
     fn home(&self, home: HomeId) -> Result<Arc<Home>, GrantError> {

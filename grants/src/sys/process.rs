@@ -66,6 +66,29 @@ pub fn read_own_memory(address: usize, buf: &mut [u8]) -> io::Result<usize> {
     usize::try_from(read).map_err(|_| io::Error::last_os_error())
 }
 
+/// Copies `bytes` to memory of the calling process at `address` as stores would, but with an error, EFAULT,
+/// where a store would be a signal. Fewer bytes than asked: the rest would have been the signal.
+///
+/// # Safety
+/// What is mapped there is memory that this process may have changed under it at any time: shared with
+/// processes that change it, and no Rust object.
+pub(crate) unsafe fn write_own_memory(address: usize, bytes: &[u8]) -> io::Result<usize> {
+    let local = libc::iovec {
+        iov_base: bytes.as_ptr().cast_mut().cast(),
+        iov_len: bytes.len(),
+    };
+    let remote = libc::iovec {
+        iov_base: std::ptr::without_provenance_mut(address),
+        iov_len: bytes.len(),
+    };
+    let pid = rustix::process::getpid().as_raw_nonzero().get();
+    // SAFETY: the kernel only reads the `iov_len` bytes of `bytes`, which is borrowed for the call; that
+    // what `remote` names may be written is the caller's to promise.
+    let count =
+        unsafe { libc::process_vm_writev(pid, &raw const local, 1, &raw const remote, 1, 0) };
+    usize::try_from(count).map_err(|_| io::Error::last_os_error())
+}
+
 /// Takes over a descriptor above standard error that the process was started with, as a caller names
 /// it on a command line. EINVAL: it is one that this process opened itself, or was taken before.
 pub fn take_inherited(number: u32) -> io::Result<OwnedFd> {
