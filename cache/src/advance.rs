@@ -111,6 +111,16 @@ impl Cache {
             self.fail(file, inner, waiter, e);
             return Step::Done;
         }
+        if file.is_coherent() {
+            match self.admit_class(file, inner, how, waiter.who.class) {
+                Some(Ok(())) => {}
+                Some(Err(e)) => {
+                    self.fail(file, inner, waiter, e);
+                    return Step::Done;
+                }
+                None => return Step::Wait(waiter),
+            }
+        }
         if how != OpenHow::Pin {
             inner.add_open(waiter.who, export, how);
             self.answer_open(file, inner, &waiter, how);

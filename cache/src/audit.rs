@@ -6,12 +6,12 @@ use crate::file::{CachedFile, Home, Inner};
 use crate::frames::{FrameState, FrameTable};
 use crate::limits::AUDIT_LINES_MAX;
 use crate::report::AuditReport;
-use copage_grants::{DomId, FrameNo, PAGE_SIZE, PAGE_SIZE_U64, PageIndex};
+use copage_grants::{Access, DomId, FrameNo, PAGE_SIZE, PAGE_SIZE_U64, PageIndex, Where};
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 impl AuditReport {
-    fn differs(&mut self, line: String) {
+    pub(crate) fn differs(&mut self, line: String) {
         if self.differences.len() < AUDIT_LINES_MAX {
             self.differences.push(line);
         }
@@ -69,14 +69,20 @@ impl Cache {
         let mut seen = HashSet::new();
         let mut exact = true;
         let mut pins = Pins::default();
-        let (pin_moves, frame_moves) = {
+        let (pin_moves, frame_moves, write_moves) = {
             let table = self.frames.lock();
-            (table.pin_moves, table.frame_moves)
+            (table.pin_moves, table.frame_moves, table.write_moves)
         };
+        let mut places = HashMap::new();
         for file in self.all_files() {
             let mut inner = file.inner.lock();
             report.files += 1;
             exact &= inner.flights.is_empty();
+            for home in inner.old.iter().chain(&inner.live) {
+                exact &= home.busy == 0;
+                seen.extend(home.lost.keys().copied());
+                self.audit_places(home, file.id.0, &mut places, &mut report);
+            }
             inner
                 .old
                 .iter()
@@ -106,7 +112,17 @@ impl Cache {
             }
         }
         // With the table's lock: nothing is granted and no frame given back meanwhile.
+        let is_still = table.write_moves == write_moves && table.frame_moves == frame_moves;
         self.backend.each_grant(&mut |grant| {
+            if is_still && grant.access == Access::ReadWrite && self.descriptors {
+                let at = places.get(&grant.frame);
+                if !matches!(at, Some(Where::Arena(dom)) if *dom == grant.dom)
+                    && at != Some(&Where::Common)
+                {
+                    let (frame, dom) = (grant.frame, grant.dom);
+                    report.differs(format!("{dom} may write {frame:?}, which is in {at:?}"));
+                }
+            }
             let state = (grant.frame.0 < table.capacity()).then(|| table.state(grant.frame));
             if matches!(
                 state,
@@ -195,7 +211,7 @@ impl Cache {
             }
             if is_live && !flying && home.busy == 0 {
                 self.audit_present(home, &pages, id, report);
-                self.audit_tail(home, id, report);
+                self.audit_tail(home, file.is_coherent(), id, report);
             }
         }
     }
@@ -243,8 +259,9 @@ impl Cache {
             .iter()
             .flat_map(|(first, count)| first.0..first.0 + count)
             .collect();
-        let indexed: HashMap<u64, FrameNo> =
+        let mut indexed: HashMap<u64, FrameNo> =
             pages.iter().map(|(p, f)| (u64::from(*p), *f)).collect();
+        indexed.extend(Self::lost_pages(home).map(|(page, frame)| (page.0, frame)));
         for page in held.iter().filter(|p| !indexed.contains_key(p)) {
             report.differs(format!(
                 "file {id} page {page} is in its home but in no frame"
@@ -258,10 +275,17 @@ impl Cache {
     }
 
     /// Bytes past the end of the file are zero.
-    fn audit_tail(&self, home: &Home, id: u64, report: &mut AuditReport) {
+    fn audit_tail(&self, home: &Home, is_coherent: bool, id: u64, report: &mut AuditReport) {
         let tail = (home.bytes % PAGE_SIZE_U64) as usize;
         let last = home.bytes / PAGE_SIZE_U64;
-        let Some(frame) = home.index.get(last as u32).filter(|_| tail > 0) else {
+        // Who writes may store there, for nobody to see.
+        let is_seen = |frame: &FrameNo| {
+            let is_home = home.at(last as u32) == Where::Home;
+            tail > 0
+                && is_home
+                && (self.descriptors || !is_coherent || self.backend.holder_count(*frame) == 0)
+        };
+        let Some(frame) = home.index.get(last as u32).filter(is_seen) else {
             return;
         };
         let mut page = [0; PAGE_SIZE];

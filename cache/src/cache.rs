@@ -1,6 +1,7 @@
 //! The cache itself: what it is made of, and how it starts and stops.
 
-use crate::config::{CacheConfig, ExportId, ExportInfo, ExportSpec, GuestId};
+use crate::coherent::DiskWork;
+use crate::config::{CacheConfig, ExportId, ExportInfo, ExportMode, ExportSpec, GuestId};
 use crate::error::CacheError;
 use crate::events::{CacheEvent, EventSink, FileState, RecallReason};
 use crate::exports::Exports;
@@ -40,6 +41,10 @@ pub struct Cache {
     pub(crate) nodes: Nodes,
     pub(crate) meta_pool: Pool<(u64, MetaOp)>,
     pub(crate) fill_pool: Pool<Job>,
+    /// What writes to the host's files.
+    pub(crate) disk_work: DiskWork,
+    /// Held while a coherent file is opened on the host.
+    pub(crate) opening: Mutex<()>,
     /// Its thread ends what the budget does not need, which takes seconds.
     pub(crate) resize_pool: Pool<()>,
     pub(crate) files: Mutex<HashMap<FileKey, Arc<CachedFile>>>,
@@ -93,6 +98,8 @@ impl Cache {
             meta_pool: Pool::new(META_WAITING_MAX),
             // Bounded by the requests that wait: each has at most one fill's worth of jobs.
             fill_pool: Pool::new(usize::MAX),
+            disk_work: DiskWork::new(),
+            opening: Mutex::default(),
             // `Resize::queued`: one at a time.
             resize_pool: Pool::new(1),
             files: Mutex::default(),
@@ -151,6 +158,9 @@ impl Cache {
 
     /// Offers a directory. Refused when it is missing, no directory, or overlaps another export.
     pub fn add_export(&self, spec: ExportSpec) -> Result<ExportId, CacheError> {
+        if spec.mode == ExportMode::Coherent {
+            self.start_disk_work()?;
+        }
         self.exports.add(spec, &self.nodes)
     }
 
@@ -188,7 +198,12 @@ impl Cache {
                 guest: who.guest,
             });
         }
-        if inner.opens.is_empty() {
+        if file.is_coherent() {
+            // Its pages are the machine's, which hears of it by the event.
+            if inner.opens.is_empty() {
+                self.leave(file, &mut inner);
+            }
+        } else if inner.opens.is_empty() {
             self.bury(file, &mut inner, now_ms);
         } else if !gone.is_empty() {
             self.retire(file, &mut inner, RecallReason::Withdrawn, now_ms);
@@ -228,6 +243,7 @@ impl Cache {
     pub fn shutdown(&self) {
         self.meta_pool.stop();
         self.fill_pool.stop();
+        self.disk_work.stop();
         self.resize_pool.stop();
         for file in self.all_files() {
             let mut inner = file.inner.lock();
@@ -274,6 +290,7 @@ impl Drop for Cache {
     fn drop(&mut self) {
         self.meta_pool.stop();
         self.fill_pool.stop();
+        self.disk_work.stop();
         self.resize_pool.stop();
     }
 }

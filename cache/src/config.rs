@@ -113,6 +113,8 @@ pub struct ExportId(pub u32);
 pub enum ExportMode {
     /// Nobody writes.
     ReadOnly,
+    /// All guests see one file, which they may write.
+    Coherent,
 }
 
 /// A directory to offer.

@@ -29,6 +29,12 @@ pub enum CacheError {
     /// A file where a directory was wanted.
     #[error("not a directory")]
     NotDirectory,
+    /// A file that nobody writes was to be written.
+    #[error("the export is read-only")]
+    ReadOnlyExport,
+    /// A coherent file is mapped by guests of one user at a time (backends with descriptors).
+    #[error("guests of another user have this file open")]
+    OtherClass,
     /// The export was removed, or the file withdrawn.
     #[error("the export is not offered any more")]
     Withdrawn,
@@ -133,7 +139,8 @@ impl CacheError {
             Self::BadName(_) | Self::BadConfig(_) | Self::BadExport { .. } => libc::EINVAL,
             Self::BudgetBelowPinned { .. } | Self::BudgetOutOfBounds { .. } => libc::EINVAL,
             Self::BadRange(_) => libc::ERANGE,
-            Self::NotRegular => libc::EACCES,
+            Self::NotRegular | Self::OtherClass => libc::EACCES,
+            Self::ReadOnlyExport => libc::EROFS,
             Self::IsDirectory => libc::EISDIR,
             Self::NotDirectory => libc::ENOTDIR,
             Self::Withdrawn | Self::GenerationGone(_) => libc::ESTALE,

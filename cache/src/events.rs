@@ -4,7 +4,7 @@ use crate::config::GuestId;
 use crate::error::CacheError;
 use crate::file::CachedFile;
 use crate::meta::MetaReply;
-use copage_grants::{DomId, PageIndex, Version};
+use copage_grants::{DomId, FrameNo, PageIndex, Version};
 use std::sync::Arc;
 
 /// What an open is for.
@@ -40,6 +40,8 @@ pub struct FileState {
     pub bytes: u64,
     /// The daemon holds no kernel lease: changes are noticed at open and on notification only.
     pub host_bounded: bool,
+    /// Guests may write it, and its pages are the machine's: see [`crate::Cache::strict_grant`].
+    pub coherent: bool,
 }
 
 /// The entries by which a guest maps pages that it was granted.
@@ -174,6 +176,73 @@ pub enum CacheEvent {
         holders: Vec<DomId>,
         /// Why.
         reason: RecallReason,
+    },
+    /// A page of [`crate::Cache::strict_fill`] or [`crate::Cache::strict_copy`] is in a frame, or is not.
+    Placed {
+        /// Of what.
+        file: Arc<CachedFile>,
+        /// Which.
+        page: PageIndex,
+        /// Where.
+        result: Result<FrameNo, CacheError>,
+    },
+    /// [`crate::Cache::strict_save`] ended.
+    Saved {
+        /// Of what.
+        file: Arc<CachedFile>,
+        /// Which page.
+        page: PageIndex,
+        /// As asked.
+        version: Version,
+        /// How.
+        result: Result<(), CacheError>,
+    },
+    /// [`crate::Cache::strict_sync`] ended.
+    Synced {
+        /// The caller's.
+        ticket: u64,
+        /// Of what.
+        file: Arc<CachedFile>,
+        /// How.
+        result: Result<(), CacheError>,
+    },
+    /// [`crate::Cache::strict_reserve`] ended.
+    Reserved {
+        /// The caller's.
+        ticket: u64,
+        /// Of what.
+        file: Arc<CachedFile>,
+        /// How.
+        result: Result<(), CacheError>,
+    },
+    /// [`crate::Cache::strict_resize`] ended.
+    Resized {
+        /// The caller's.
+        ticket: u64,
+        /// Which.
+        file: Arc<CachedFile>,
+        /// What it is now.
+        result: Result<FileState, CacheError>,
+    },
+    /// Pages of a coherent file are to be taken and freed; what cannot be is told by
+    /// [`crate::Cache::strict_keep`].
+    WantBack {
+        /// Of what.
+        file: Arc<CachedFile>,
+        /// Which.
+        pages: Vec<PageIndex>,
+    },
+    /// A process of the host waits for a coherent file: all its pages are to be taken and freed, then comes
+    /// [`crate::Cache::strict_let_host_in`].
+    HostWants {
+        /// Which.
+        file: Arc<CachedFile>,
+    },
+    /// The host changed a coherent file: all its pages are to be taken and freed, then comes
+    /// [`crate::Cache::strict_rehome`].
+    HostChanged {
+        /// Which.
+        file: Arc<CachedFile>,
     },
 }
 

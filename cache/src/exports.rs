@@ -1,6 +1,6 @@
 //! Exports: the host's directories that are offered.
 
-use crate::config::{ExportId, ExportInfo, ExportSpec};
+use crate::config::{ExportId, ExportInfo, ExportMode, ExportSpec};
 use crate::error::CacheError;
 use crate::tree::{Kind, NodeRef, Nodes};
 use parking_lot::RwLock;
@@ -114,11 +114,16 @@ impl Exports {
 
     /// The number of the export's share group.
     pub(crate) fn group(&self, id: ExportId) -> Result<u32, CacheError> {
+        self.group_and_mode(id).map(|(group, _)| group)
+    }
+
+    /// The same, and what may be done with the export.
+    pub(crate) fn group_and_mode(&self, id: ExportId) -> Result<(u32, ExportMode), CacheError> {
         self.registry
             .read()
             .live
             .get(&id)
-            .map(|e| e.group)
+            .map(|e| (e.group, e.spec.mode))
             .ok_or(CacheError::Withdrawn)
     }
 }

@@ -13,6 +13,10 @@ use copage_grants::{Access, GrantError, PageIndex, pages_for};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
+/// Asked for pages of a coherent file.
+const OF_THE_MACHINE: CacheError =
+    CacheError::BadRange("the pages of a coherent file are granted by the machine");
+
 /// Why a grant could not be written at once.
 pub(crate) enum NoGrant {
     /// A limit is in the way; something may be given back first.
@@ -36,6 +40,9 @@ impl Cache {
         count: u32,
         hint: FaultHint,
     ) -> FaultOutcome {
+        if file.is_coherent() {
+            return FaultOutcome::Ready(Err(OF_THE_MACHINE));
+        }
         if count == 0 || count > FAULT_PAGES_MAX {
             return FaultOutcome::Ready(Err(CacheError::BadRange(
                 "a fault asks for 1 to 512 pages",
@@ -274,6 +281,9 @@ impl Cache {
         if len > READ_BYTES_MAX || offset.checked_add(len.into()).is_none() {
             let e = CacheError::BadRange("a read has at most 128 KiB and ends in the file");
             return self.answer_error(&waiter, e);
+        }
+        if file.is_coherent() {
+            return self.answer_error(&waiter, OF_THE_MACHINE);
         }
         let mut inner = file.inner.lock();
         if inner.entry(who.dom).is_none() {

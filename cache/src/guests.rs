@@ -25,7 +25,7 @@ impl Cache {
 
     /// Revokes `dom`'s grants of frames, as far as the table shows them unused, and keeps the books.
     /// `false`: some are in use still. The lock of the frames' file is held.
-    fn revoke_from(&self, who: DomId, frames: &[FrameNo]) -> bool {
+    pub(crate) fn revoke_from(&self, who: DomId, frames: &[FrameNo]) -> bool {
         let mut answers = Vec::with_capacity(frames.len());
         let mut table = self.frames.lock();
         self.backend.revoke(who, frames, &mut answers);
@@ -124,6 +124,10 @@ impl Cache {
                 inner.waiters.push(waiter);
             }
         }
+        if file.is_coherent() {
+            // What it holds the machine has ended.
+            return self.end_arenas(inner, who.dom);
+        }
         let kept = inner.may_hold_grants(who.dom);
         let pinned: Vec<(u32, usize)> = inner
             .old
@@ -162,7 +166,7 @@ impl Cache {
                 continue;
             }
             self.end_opens(&file, &mut inner, who, false);
-            if mapped {
+            if mapped && !file.is_coherent() {
                 self.retire(&file, &mut inner, RecallReason::Withdrawn, now_ms());
                 self.settle_now(&file, &mut inner);
                 // Its entries in homes that were emptied by force are gone.
@@ -173,7 +177,9 @@ impl Cache {
                 home.poll_ms = 0;
             }
             self.drain_old(&file, &mut inner, now_ms());
-            self.quarantine_held(&inner, who.dom);
+            if !file.is_coherent() {
+                self.quarantine_held(&inner, who.dom);
+            }
             self.settle_idle(&file, &mut inner);
             self.look_at(&file, &inner);
             drop(inner);
@@ -217,7 +223,7 @@ impl Cache {
                 .iter()
                 .chain(&inner.live)
                 .any(|h| h.pinners.contains(&who.dom));
-            if waits || pins {
+            if waits || pins || file.is_coherent() {
                 // Nothing is to be revoked one by one: all goes below.
                 let kept = std::mem::take(&mut inner.lingering);
                 self.end_opens(&file, &mut inner, who, false);
@@ -286,7 +292,7 @@ impl Cache {
         first: PageIndex,
         count: u32,
     ) {
-        if self.backend.grant_count(who.dom) == 0 {
+        if self.backend.grant_count(who.dom) == 0 || file.is_coherent() {
             return;
         }
         let mut inner = file.inner.lock();

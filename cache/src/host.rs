@@ -36,7 +36,13 @@ impl Watches {
 
     /// `None` where no watch is to be had (fs.inotify.max_user_watches): leases and comparing remain.
     pub(crate) fn add(&self, file: &Arc<CachedFile>) -> Option<i32> {
-        let flags = WatchFlags::MODIFY | WatchFlags::CLOSE_WRITE | WatchFlags::ATTRIB;
+        let mut flags = WatchFlags::MODIFY | WatchFlags::CLOSE_WRITE | WatchFlags::ATTRIB;
+        // Of several files with one inode, each has what it asked for.
+        flags |= WatchFlags::MASK_ADD;
+        if file.is_coherent() {
+            // Readers stand in the way of its lease too.
+            flags |= WatchFlags::CLOSE_NOWRITE;
+        }
         let mut files = self.files.lock();
         let watch = inotify::add_watch(&self.fd, file.node.proc_path(), flags).ok()?;
         files.entry(watch).or_default().push(Arc::downgrade(file));
@@ -111,6 +117,9 @@ impl Cache {
     fn look_at_host(&self, file: &Arc<CachedFile>, events: ReadFlags) {
         let links_changed = events.contains(ReadFlags::ATTRIB);
         let mut inner = file.inner.lock();
+        if file.is_coherent() {
+            return self.look_at_strict(file, &mut inner, events);
+        }
         // The times change when a write begins, and this comes when it ends: they are no help here.
         // Under a lease that is older than the generation it tells of what was before.
         let is_told = inner.live.as_ref().is_some_and(|h| !h.leased);
@@ -140,16 +149,21 @@ impl Cache {
     }
 
     /// The kernel reports (by the configured signal, `si_fd`) that a host process wants to write a
-    /// file whose read lease is carried by `fd`. Its pages are taken back; then its open goes on.
+    /// file whose lease is carried by `fd`, or to open one that guests may write. Its pages are taken back; then
+    /// its open goes on.
     pub fn lease_broken(&self, fd: RawFd) {
         let Some(file) = self.leases.lock().get(&fd).and_then(Weak::upgrade) else {
             return;
         };
         let mut inner = file.inner.lock();
         // The signal of another file that had the number before, or of a lease given up since.
-        if inner.lease != Lease::Held || sys::lease(file.data()).is_ok_and(|l| l == LeaseKind::Read)
-        {
+        let is_there = |lease| lease == file.lease_kind();
+        if inner.lease != Lease::Held || sys::lease(file.data()).is_ok_and(is_there) {
             return;
+        }
+        if file.is_coherent() {
+            self.ask_for_host(&file, &mut inner);
+            return self.look_at(&file, &inner);
         }
         self.counters.leases_broken.fetch_add(1, Relaxed);
         inner.lease = Lease::Breaking;
@@ -163,6 +177,9 @@ impl Cache {
     pub(crate) fn check_host(&self, file: &Arc<CachedFile>, inner: &mut Inner) {
         if inner.dead || inner.lease == Lease::Held && inner.live.is_some() {
             return;
+        }
+        if file.is_coherent() && inner.live.is_some() {
+            return self.check_strict_host(file, inner);
         }
         if inner.lease == Lease::Breaking {
             self.drain_old(file, inner, now_ms());
@@ -225,7 +242,7 @@ impl Cache {
         // Before the lease: its break may come at once.
         self.leases.lock().insert(number, Arc::downgrade(file));
         let taken =
-            sys::set_lease_signal(fd, signal).and_then(|()| sys::set_lease(fd, LeaseKind::Read));
+            sys::set_lease_signal(fd, signal).and_then(|()| sys::set_lease(fd, file.lease_kind()));
         match taken {
             Ok(()) => inner.lease = Lease::Held,
             Err(e) => {

@@ -6,11 +6,12 @@
 //! without a lock, and look once more at the file's times before they publish what they read.
 //!
 //! # Locks
-//! Taken in this order; none is held across a read of a host's file.
+//! Taken in this order; none is held across a read of a host's file, and the one only that says so across a write.
 //!
 //! | lock | protects | beside it may be taken |
 //! |---|---|---|
 //! | `Resize::making` | which banks there are | all below, but no file's |
+//! | `Coherent::disk`, one a coherent file | which of two looks at its pages is written first | all below, and the host's file is written |
 //! | `CachedFile::inner`, one a file | homes and their indexes, opens, what waits, lease | all below; never another file's |
 //! | `Cache::frames` | the table of frames, queues, charges, budget | `guests`, the backend |
 //! | the backend's own | ledger, tables, homes | - |
@@ -24,6 +25,7 @@
 mod advance;
 mod audit;
 mod cache;
+mod coherent;
 mod config;
 mod error;
 mod events;
@@ -47,6 +49,7 @@ mod tick;
 mod tree;
 
 pub use cache::Cache;
+pub use coherent::StrictGrant;
 pub use config::{
     CacheConfig, ExportId, ExportInfo, ExportMode, ExportSpec, GuestId, GuestLimits, Holder,
 };

@@ -81,6 +81,16 @@ pub const DRAIN_POLL_MS_MAX: u64 = 2000;
 /// Ranges of one file that guests say they unmapped and whose entries are looked at again, because the
 /// guest's kernel unmaps a little later; of what is more, the entries stay until they are recalled.
 pub const UNMAPPING_MAX: usize = 64;
+/// Threads that write pages to the host's files: two, so that one slow file does not stop the others.
+pub const SAVE_THREADS: usize = 2;
+/// Threads that wait for disks (`fdatasync`).
+pub const SYNC_THREADS: usize = 2;
+/// Pages of coherent files that are wanted back in one event.
+pub const WANT_BACK_PAGES_MAX: usize = 256;
+/// Pages of coherent files wanted back at a time where others can be taken by force: two batches.
+pub const WANT_BACK_MAX: u32 = 2 * RECLAIM_BATCH;
+/// The longest pause between tries for a lease, in ms; after it only a notification leads to one more.
+pub const LEASE_PAUSE_MS_MAX: u64 = 3200;
 /// Jobs that wait for frames are looked at this often although nothing was told, in ms.
 pub const PARKED_POLL_MS: u64 = 20;
 /// Pauses between tries to make 2 MiB of pages huge, in ms.

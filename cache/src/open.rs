@@ -1,7 +1,7 @@
 //! Opening, pinning and closing files.
 
 use crate::cache::{Cache, now_ms};
-use crate::config::Holder;
+use crate::config::{ExportMode, Holder};
 use crate::error::CacheError;
 use crate::events::{CacheEvent, OpenHow};
 use crate::file::{CachedFile, Charge, FileKey, Home, Inner, WaitKind, Waiter};
@@ -15,9 +15,9 @@ use rustix::io::Errno;
 use std::sync::Arc;
 
 impl Cache {
-    /// Opens a regular file for `who`; [`CacheEvent::Opened`] answers. Each open that succeeded is
-    /// ended by one [`Cache::close`] of the same kind (or by the end of the session).
-    pub fn open(&self, ticket: u64, node: NodeRef, how: OpenHow, who: Holder) {
+    /// Opens a regular file for `who`, to `write` to it or not; [`CacheEvent::Opened`] answers. Each open
+    /// that succeeded is ended by one [`Cache::close`] of the same kind (or by the end of the session).
+    pub fn open(&self, ticket: u64, node: NodeRef, how: OpenHow, who: Holder, write: bool) {
         let life = self.life(who.dom);
         let grants_max = self.frames.lock().accounts.of(who.guest).limits.grants_max;
         self.backend.set_grants_max(who.dom, grants_max);
@@ -29,6 +29,7 @@ impl Cache {
                 node,
                 how,
                 who,
+                write,
                 life,
             })
             .is_err()
@@ -46,9 +47,10 @@ impl Cache {
         node: NodeRef,
         how: OpenHow,
         who: Holder,
+        write: bool,
         life: u64,
     ) {
-        match self.prepare_open(ticket, node, how, who, life) {
+        match self.prepare_open(ticket, node, how, (who, write), life) {
             Ok(file) => self.advance(&file, true),
             Err(error) => self.events.send(CacheEvent::Opened {
                 ticket,
@@ -62,20 +64,26 @@ impl Cache {
         ticket: u64,
         node: NodeRef,
         how: OpenHow,
-        who: Holder,
+        (who, write): (Holder, bool),
         life: u64,
     ) -> Result<Arc<CachedFile>, CacheError> {
-        if how == OpenHow::Pin && !self.descriptors {
-            return Err(CacheError::PinNoDescriptor);
-        }
         match node.kind {
             Kind::Regular => {}
             Kind::Directory => return Err(CacheError::IsDirectory),
             _ => return Err(CacheError::NotRegular),
         }
         loop {
-            let group = self.exports.group(node.export)?;
+            let (group, mode) = self.exports.group_and_mode(node.export)?;
+            let coherent = mode == ExportMode::Coherent;
+            if write && !coherent {
+                return Err(CacheError::ReadOnlyExport);
+            }
+            if how == OpenHow::Pin && (coherent || !self.descriptors) {
+                return Err(CacheError::PinNoDescriptor);
+            }
             let class = match how {
+                // One file for all.
+                _ if coherent => TrustClass::OWN,
                 // A hypervisor keeps guests apart: each maps by entries of its own.
                 _ if !self.descriptors => TrustClass::OWN,
                 OpenHow::Map => who.class,
@@ -87,8 +95,17 @@ impl Cache {
                 class,
                 dev: node.dev,
                 ino: node.ino,
+                coherent,
             };
-            let file = self.file_of(key, &node)?;
+            let file = match coherent {
+                true => self.coherent_file_of(key, &node, who.class)?,
+                false => self.file_of(key, &node)?,
+            };
+            if let Some(coherent) = file.coherent.as_ref().filter(|_| write) {
+                coherent
+                    .writable
+                    .map_err(|e| CacheError::io("open for writing", e))?;
+            }
             let mut inner = file.inner.lock();
             if inner.dead {
                 continue; // Buried between the look into the map and the lock; it is out of the map.
@@ -141,7 +158,14 @@ impl Cache {
         // Advice only: without it the kernel reads ahead what nobody asked for.
         let _ = rustix::fs::fadvise(&data, 0, None, Advice::Random);
         let id = self.new_file_id();
-        let fresh = Arc::new(CachedFile::new(id, key, node.clone(), data, direct.ok()));
+        let fresh = Arc::new(CachedFile::new(
+            id,
+            key,
+            node.clone(),
+            data,
+            direct.ok(),
+            None,
+        ));
         let file = self
             .files
             .lock()
@@ -294,7 +318,11 @@ impl Cache {
         }
         if !inner.may_hold_grants(who.dom) {
             self.drop_waiters(file, &mut inner, who.dom, how);
-            self.settle_grants(&mut inner, who);
+            if file.is_coherent() {
+                self.end_arenas(&mut inner, who.dom);
+            } else {
+                self.settle_grants(&mut inner, who);
+            }
         }
         self.settle_idle(file, &mut inner);
         self.look_at(file, &inner);
@@ -355,7 +383,12 @@ impl Cache {
             };
             let mut inner = file.inner.lock();
             if inner.idle_seq == seq && inner.is_idle() {
-                self.bury(&file, &mut inner, now_ms());
+                if file.is_coherent() {
+                    inner.idle_seq = 0;
+                    self.leave(&file, &mut inner);
+                } else {
+                    self.bury(&file, &mut inner, now_ms());
+                }
             }
         }
     }

@@ -84,6 +84,10 @@ impl Cache {
     }
 
     fn evict_of(&self, file: &Arc<CachedFile>, slot: u32, mut pages: Vec<(u32, FrameNo)>) -> u32 {
+        if file.is_coherent() {
+            self.want_back(file, slot, &pages);
+            return 0;
+        }
         let mut inner = file.inner.lock();
         let Some(home) = inner.home_at(slot) else {
             return 0;
@@ -208,6 +212,10 @@ impl Cache {
     /// Asks the holders of frames (all of them, or one) to let go.
     pub(crate) fn ask_back(&self, frames: &[FrameNo], only: Option<DomId>) {
         for (file, slot, pages) in self.by_file(frames) {
+            if file.is_coherent() {
+                self.want_back(&file, slot, &pages);
+                continue;
+            }
             let mut inner = file.inner.lock();
             let Some(home) = inner.home_at(slot) else {
                 continue;

@@ -72,6 +72,18 @@ pub struct CacheStats {
     pub generations_retired: u64,
     /// Leases broken by the host.
     pub leases_broken: u64,
+    /// Files that guests may write.
+    pub files_coherent: u64,
+    /// Pages of them granted.
+    pub strict_grants: u64,
+    /// Pages of them written to the host's files.
+    pub pages_saved: u64,
+    /// Syncs of them, and write-backs.
+    pub syncs: u64,
+    /// Those of them to which the disk said an error.
+    pub sync_errors: u64,
+    /// Pages of them that were wanted back for want of memory.
+    pub want_backs: u64,
     /// Requests waiting for a fill.
     pub waiting: u64,
     /// Fills that had to wait for frames, so far.
@@ -179,6 +191,11 @@ pub(crate) struct Counters {
     pub generations_retired: AtomicU64,
     pub leases_broken: AtomicU64,
     pub parked: AtomicU64,
+    pub strict_grants: AtomicU64,
+    pub pages_saved: AtomicU64,
+    pub syncs: AtomicU64,
+    pub sync_errors: AtomicU64,
+    pub want_backs: AtomicU64,
 }
 
 impl Cache {
@@ -204,16 +221,22 @@ impl Cache {
             generations_retired: c.generations_retired.load(Relaxed),
             leases_broken: c.leases_broken.load(Relaxed),
             parked: c.parked.load(Relaxed),
+            strict_grants: c.strict_grants.load(Relaxed),
+            pages_saved: c.pages_saved.load(Relaxed),
+            syncs: c.syncs.load(Relaxed),
+            sync_errors: c.sync_errors.load(Relaxed),
+            want_backs: c.want_backs.load(Relaxed),
             ..CacheStats::default()
         };
         let mut index_bytes = 0;
         for file in self.all_files() {
             let inner = file.inner.lock();
             stats.files += 1;
+            stats.files_coherent += u64::from(file.is_coherent());
             stats.files_open += u64::from(!inner.opens.is_empty());
             stats.files_host_bounded += u64::from(inner.state.host_bounded);
             stats.homes_retired += inner.old.len() as u64;
-            stats.waiting += inner.waiters.len() as u64;
+            stats.waiting += (inner.waiters.len() + inner.strict.fills.len()) as u64;
             for home in inner.old.iter().chain(&inner.live) {
                 stats.huge_units += home.huge.len() as u64;
                 index_bytes += home.index.bytes();

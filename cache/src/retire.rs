@@ -92,7 +92,7 @@ impl Cache {
         }
     }
 
-    fn begin_generation(
+    pub(crate) fn begin_generation(
         &self,
         file: &Arc<CachedFile>,
         inner: &mut Inner,
@@ -109,7 +109,10 @@ impl Cache {
         let id = self.backend.open_home(&HomeSpec {
             label,
             bytes: cookie.bytes,
-            class: file.key.class,
+            class: match file.is_coherent() {
+                true => inner.strict.class,
+                false => file.key.class,
+            },
         })?;
         let slot = self.frames.lock().add_slot(Arc::downgrade(file));
         let ended = inner.state.generation;
@@ -122,8 +125,10 @@ impl Cache {
             version: self.new_version(),
             bytes: cookie.bytes,
             host_bounded: inner.lease != Lease::Held,
+            coherent: file.is_coherent(),
         };
-        if ended > 0 && !inner.opens.is_empty() {
+        // Of a coherent file the loop tells, which had it begun.
+        if ended > 0 && !inner.opens.is_empty() && !file.is_coherent() {
             self.events.send(CacheEvent::Retired {
                 file: file.clone(),
                 generation: ended,
@@ -151,7 +156,7 @@ impl Cache {
             let beyond = h.exposed || !self.force && now_ms >= h.since_ms + deadline_ms;
             emptied || beyond
         });
-        if inner.lease == Lease::Breaking && out {
+        if inner.lease == Lease::Breaking && out && !file.is_coherent() {
             self.give_up_lease(file, inner);
         }
     }
@@ -163,7 +168,7 @@ impl Cache {
         home: &mut Home,
         now_ms: u64,
     ) -> Result<bool, CacheError> {
-        if home.busy > 0 || home.is_pinned() {
+        if home.busy > 0 || home.is_pinned() || !home.lost.is_empty() {
             return Ok(false);
         }
         // What the kernel said in this call, if it was asked.

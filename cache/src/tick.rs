@@ -61,6 +61,8 @@ impl Cache {
             self.try_settle(file, inner, now_ms);
         }
         self.rotate_if_short(file, inner, now_ms);
+        self.retry_lease(file, inner, now_ms);
+        self.retry_unfreed(file, inner);
         self.settle_idle(file, inner);
         if !inner.needs_attention() {
             return None;
@@ -68,6 +70,9 @@ impl Cache {
         let mut due = now_ms + DRAIN_POLL_MS_MAX;
         if inner.live.is_none() && !inner.dead {
             due = due.min(inner.settle_until_ms.max(now_ms + 1));
+        }
+        if let Some((at, _)) = inner.strict.lease_retry {
+            due = due.min(at.max(now_ms + 1));
         }
         if let Some(at) = inner.doubt_ms {
             due = due.min(at.max(now_ms + 1));

@@ -548,7 +548,7 @@ fn local_opens_under_way_at_the_end_of_a_session_end_with_it() {
                     OpenHow::Map
                 };
                 let (node, ticket) = (rig.node(&format!("f{}", n % 8)), rig.ticket());
-                rig.cache.open(ticket, node, how, guest);
+                rig.cache.open(ticket, node, how, guest, false);
                 ticket
             })
             .collect();

@@ -330,7 +330,7 @@ fn local_an_open_that_waited_ends_with_its_export() {
     rig.export = second;
     let node = rig.node("f");
     let ticket = rig.ticket();
-    rig.cache.open(ticket, node, OpenHow::Map, who(2));
+    rig.cache.open(ticket, node, OpenHow::Map, who(2), false);
     std::thread::sleep(Duration::from_millis(20));
     rig.cache.remove_export(second).unwrap();
     rig.export = first;

@@ -126,8 +126,13 @@ fn local_everything_at_once() {
             round += 1;
             if round.is_multiple_of(40) {
                 let node = rig.node("p");
-                rig.cache
-                    .open(tickets.fetch_add(1, Relaxed), node, OpenHow::Pin, who(9));
+                rig.cache.open(
+                    tickets.fetch_add(1, Relaxed),
+                    node,
+                    OpenHow::Pin,
+                    who(9),
+                    false,
+                );
             }
             if round.is_multiple_of(60) {
                 rig.cache.guest_ended(who(9));
@@ -136,8 +141,13 @@ fn local_everything_at_once() {
                 rig.cache.guest_fenced(who(3));
                 for n in 0..3 {
                     let node = rig.node(&format!("f{n}"));
-                    rig.cache
-                        .open(tickets.fetch_add(1, Relaxed), node, OpenHow::Map, who(3));
+                    rig.cache.open(
+                        tickets.fetch_add(1, Relaxed),
+                        node,
+                        OpenHow::Map,
+                        who(3),
+                        false,
+                    );
                 }
             }
         }

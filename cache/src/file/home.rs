@@ -3,8 +3,8 @@
 use super::index::Index;
 use crate::config::GuestId;
 use crate::events::RecallReason;
-use copage_grants::{DomId, HomeId, pages_for};
-use std::collections::BTreeSet;
+use copage_grants::{DomId, FrameNo, HomeId, Where, pages_for};
+use std::collections::{BTreeMap, BTreeSet};
 
 /// A guest that pinned the home. It is charged until the kernel says that nobody has it open.
 #[derive(Clone, Copy, Debug)]
@@ -47,6 +47,16 @@ pub(crate) struct Home {
     /// Recalls of all its pages went out.
     pub recalled: bool,
     pub reason: RecallReason,
+    /// Of a coherent file: pages that are not where guests read them.
+    pub places: BTreeMap<u32, Where>,
+    /// Of a coherent file: frames that the home's pages are in no more, with the page and where it was.
+    pub lost: BTreeMap<FrameNo, (u32, Where)>,
+    /// Those of them that are free but for the backend, which could not empty them.
+    pub unfreed: Vec<FrameNo>,
+    /// Who has an arena of it.
+    pub arenas: BTreeSet<DomId>,
+    /// Which common file guests have.
+    pub common_serial: Option<u32>,
 }
 
 impl Home {
@@ -71,6 +81,11 @@ impl Home {
             poll_ms: 0,
             recalled: false,
             reason: RecallReason::Changed,
+            places: BTreeMap::new(),
+            lost: BTreeMap::new(),
+            unfreed: Vec::new(),
+            arenas: BTreeSet::new(),
+            common_serial: None,
         }
     }
 

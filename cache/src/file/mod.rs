@@ -8,6 +8,7 @@ pub(crate) use home::{Charge, Home};
 pub(crate) use index::each_run;
 pub(crate) use wait::{Flight, WaitKind, Waiter};
 
+use crate::coherent::{Coherent, Strict};
 use crate::config::{ExportId, Holder};
 use crate::error::CacheError;
 use crate::events::{FileState, OpenHow};
@@ -37,6 +38,8 @@ pub(crate) struct FileKey {
     pub dev: u64,
     /// The inode there.
     pub ino: u64,
+    /// Guests may write it.
+    pub coherent: bool,
 }
 
 /// One file of one share group. Kept while it is open or has resident pages.
@@ -46,8 +49,10 @@ pub struct CachedFile {
     pub id: FileId,
     pub(crate) key: FileKey,
     pub(crate) node: NodeRef,
-    /// Reads through the host's page cache; carries the lease.
+    /// Reads through the host's page cache, and writes; carries the lease.
     pub(crate) data: OwnedFd,
+    /// What a coherent file has besides.
+    pub(crate) coherent: Option<Coherent>,
     pub(crate) inner: Mutex<Inner>,
     /// A job of the pool that looks at its waiters has not begun yet.
     pub(crate) queued: AtomicBool,
@@ -93,6 +98,8 @@ pub(crate) struct OpenEntry {
     pub reads: u32,
     /// Pinned opens by generation are counted in the homes; these are all of the entry.
     pub pins: u32,
+    /// Errors of write-back that it was told of.
+    pub errors_seen: u64,
 }
 
 impl OpenEntry {
@@ -159,6 +166,8 @@ pub(crate) struct Inner {
     pub sequence: (u64, u32),
     /// When it was last closed by the last, as a count of closes; tells entries of the idle list.
     pub idle_seq: u64,
+    /// What a coherent file has besides.
+    pub strict: Strict,
     /// Kept to spare allocations.
     pub scratch: (Vec<FrameNo>, Vec<Grant>),
 }
@@ -170,6 +179,7 @@ impl CachedFile {
         node: NodeRef,
         data: OwnedFd,
         direct: Option<OwnedFd>,
+        coherent: Option<Coherent>,
     ) -> Self {
         let inner = Inner {
             direct: direct.map(Arc::new),
@@ -180,6 +190,7 @@ impl CachedFile {
                 version: Version(0),
                 bytes: 0,
                 host_bounded: true,
+                coherent: coherent.is_some(),
             },
             cookie: Cookie::default(),
             lease: Lease::Wanted,
@@ -196,6 +207,7 @@ impl CachedFile {
             watch: None,
             sequence: (0, 0),
             idle_seq: 0,
+            strict: Strict::default(),
             scratch: (Vec::new(), Vec::new()),
         };
         Self {
@@ -203,6 +215,7 @@ impl CachedFile {
             key,
             node,
             data,
+            coherent,
             inner: Mutex::new(inner),
             queued: AtomicBool::new(false),
         }
@@ -234,6 +247,7 @@ impl Inner {
             .opens
             .iter()
             .position(|e| e.who == who && e.export == export);
+        let errors_seen = self.strict.errors;
         let at = found.unwrap_or_else(|| {
             self.opens.push(OpenEntry {
                 who,
@@ -241,6 +255,7 @@ impl Inner {
                 maps: 0,
                 reads: 0,
                 pins: 0,
+                errors_seen,
             });
             self.opens.len() - 1
         });
@@ -312,5 +327,11 @@ impl Inner {
             || !self.lingering.is_empty()
             || !self.unmapping.is_empty()
             || self.lease == Lease::Breaking
+            || self.strict.lease_retry.is_some()
+            || self
+                .old
+                .iter()
+                .chain(&self.live)
+                .any(|h| !h.unfreed.is_empty())
     }
 }

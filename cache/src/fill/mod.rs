@@ -5,6 +5,7 @@ mod read;
 pub(crate) use read::Buffer;
 
 use crate::cache::{Cache, now_ms};
+use crate::coherent::FillWant;
 use crate::config::Holder;
 use crate::events::{OpenHow, RecallReason};
 use crate::file::{CachedFile, Flight, Inner};
@@ -29,8 +30,13 @@ pub(crate) enum Job {
         node: NodeRef,
         how: OpenHow,
         who: Holder,
+        write: bool,
         life: u64,
     },
+    /// Fill pages of a coherent file.
+    StrictFill(Arc<CachedFile>, FillWant),
+    /// Give a page of a coherent file another frame; the last is since when it waits, in ms.
+    StrictCopy(Arc<CachedFile>, PageIndex, FrameNo, u64),
     /// Give frames back down to the watermark or the budget.
     Refill,
 }
@@ -43,14 +49,23 @@ impl Cache {
                 // First: who asks from here on may have come too late for this look.
                 file.queued.store(false, Release);
                 self.advance(&file, true);
+                if file.is_coherent() {
+                    self.advance_fills(&file);
+                    self.advance_copies(&file);
+                }
+            }
+            Job::StrictFill(file, want) => self.run_strict_fill(&file, want, buffer),
+            Job::StrictCopy(file, page, from, since_ms) => {
+                self.run_copy(&file, page, from, since_ms);
             }
             Job::Open {
                 ticket,
                 node,
                 how,
                 who,
+                write,
                 life,
-            } => self.run_open(ticket, node, how, who, life),
+            } => self.run_open(ticket, node, how, who, write, life),
             Job::Refill => {
                 self.refill();
                 self.refilling.store(false, Release);
@@ -238,7 +253,7 @@ impl Cache {
         true
     }
 
-    fn give_up(&self, file: &CachedFile, frames: &[FrameNo]) {
+    pub(crate) fn give_up(&self, file: &CachedFile, frames: &[FrameNo]) {
         if frames.is_empty() {
             return;
         }

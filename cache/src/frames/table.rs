@@ -90,6 +90,8 @@ pub(crate) struct FrameTable {
     pub pin_moves: u64,
     /// How often a frame came to hold something or ceased to: the same for frames.
     pub frame_moves: u64,
+    /// How often a page came to be written by somebody or ceased to: the same for writers.
+    pub write_moves: u64,
 }
 
 impl FrameTable {
@@ -108,6 +110,7 @@ impl FrameTable {
             pin_pages: 0,
             pin_moves: 0,
             frame_moves: 0,
+            write_moves: 0,
         }
     }
 

@@ -27,6 +27,8 @@ pub struct Rig {
     pub recalls: u64,
     pub retired: u64,
     pub withdrawn: u64,
+    /// What was told of coherent files, in order.
+    pub strict: Vec<CacheEvent>,
     receiver: Receiver<CacheEvent>,
     answers: HashMap<u64, CacheEvent>,
     ticket: u64,
@@ -78,11 +80,22 @@ impl Rig {
     }
 
     pub fn with(backend: Arc<dyn Backend>, config: CacheConfig) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().into();
+        Self::of(backend, config, dir, spec("e", path))
+    }
+
+    /// The same with an export of one's own in `dir`.
+    pub fn of(
+        backend: Arc<dyn Backend>,
+        config: CacheConfig,
+        dir: tempfile::TempDir,
+        spec: ExportSpec,
+    ) -> Self {
         let (sender, receiver) = unbounded();
         let sink = EventSink::new(sender, Arc::new(|| {}));
         let cache = Cache::new(backend.clone(), config, sink).unwrap();
-        let dir = tempfile::tempdir().unwrap();
-        let export = cache.add_export(spec("e", dir.path().into())).unwrap();
+        let export = cache.add_export(spec).unwrap();
         Self {
             cache,
             backend,
@@ -93,6 +106,7 @@ impl Rig {
             recalls: 0,
             retired: 0,
             withdrawn: 0,
+            strict: Vec::new(),
             receiver,
             answers: HashMap::new(),
             ticket: 0,
@@ -135,6 +149,14 @@ impl Rig {
                         "answered twice"
                     );
                 }
+                CacheEvent::Placed { .. }
+                | CacheEvent::Saved { .. }
+                | CacheEvent::Synced { .. }
+                | CacheEvent::Reserved { .. }
+                | CacheEvent::Resized { .. }
+                | CacheEvent::WantBack { .. }
+                | CacheEvent::HostWants { .. }
+                | CacheEvent::HostChanged { .. } => self.strict.push(event),
                 CacheEvent::Retired { .. } => self.retired += 1,
                 CacheEvent::Withdrawn { .. } => self.withdrawn += 1,
                 CacheEvent::Recall {
@@ -188,9 +210,19 @@ impl Rig {
     }
 
     pub fn open(&mut self, name: &str, how: OpenHow, who: Holder) -> Result<OpenDone, CacheError> {
+        self.open_to(name, how, who, false)
+    }
+
+    pub fn open_to(
+        &mut self,
+        name: &str,
+        how: OpenHow,
+        who: Holder,
+        write: bool,
+    ) -> Result<OpenDone, CacheError> {
         let node = self.node(name);
         let ticket = self.ticket();
-        self.cache.open(ticket, node, how, who);
+        self.cache.open(ticket, node, how, who, write);
         match self.wait(ticket) {
             CacheEvent::Opened { result, .. } => result,
             other => panic!("{other:?}"),

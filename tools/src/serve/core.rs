@@ -404,6 +404,15 @@ impl Core {
                     self.ctx.recall_pages(conn, &file, pages, dom, reason);
                 }
             }
+            // No export is coherent here.
+            CacheEvent::Placed { .. }
+            | CacheEvent::Saved { .. }
+            | CacheEvent::Synced { .. }
+            | CacheEvent::Reserved { .. }
+            | CacheEvent::Resized { .. }
+            | CacheEvent::WantBack { .. }
+            | CacheEvent::HostWants { .. }
+            | CacheEvent::HostChanged { .. } => {}
         }
     }
 

@@ -361,7 +361,7 @@ impl Ctx {
         // Counted from here on, so that opens under way cannot pass the limit together.
         guest.files += 1;
         let ticket = self.ticket(conn.id, session, number, Wanted::Opened);
-        self.cache.open(ticket, node, how, session.who);
+        self.cache.open(ticket, node, how, session.who, false);
         Ok(())
     }
 
