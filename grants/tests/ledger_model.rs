@@ -52,14 +52,39 @@ impl Placement for Spread {
 
 #[derive(Clone, Debug)]
 enum Op {
-    Grant { dom: u16, frames: Vec<u32> },
-    Revoke { dom: u16, frames: Vec<u32> },
-    Map { dom: u16, frame: u32 },
-    Unmap { dom: u16, frame: u32 },
-    ClearMapped { dom: u16, frames: Vec<u32> },
-    EndAll { frames: Vec<u32> },
-    DomainEnded { dom: u16, unmapped: bool },
-    SetMax { dom: u16, max: u64 },
+    Grant {
+        dom: u16,
+        frames: Vec<u32>,
+        access: Access,
+    },
+    Revoke {
+        dom: u16,
+        frames: Vec<u32>,
+    },
+    Map {
+        dom: u16,
+        frame: u32,
+        access: Access,
+    },
+    Unmap {
+        dom: u16,
+        frame: u32,
+    },
+    ClearMapped {
+        dom: u16,
+        frames: Vec<u32>,
+    },
+    EndAll {
+        frames: Vec<u32>,
+    },
+    DomainEnded {
+        dom: u16,
+        unmapped: bool,
+    },
+    SetMax {
+        dom: u16,
+        max: u64,
+    },
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -71,10 +96,13 @@ fn op() -> impl Strategy<Value = Op> {
                 .prop_map(|(first, count)| (first..FRAMES.min(first + count)).collect()),
         ]
     };
+    let access = || prop_oneof![3 => Just(Access::ReadOnly), 1 => Just(Access::ReadWrite)];
     prop_oneof![
-        6 => (dom.clone(), frames()).prop_map(|(dom, frames)| Op::Grant { dom, frames }),
+        6 => (dom.clone(), frames(), access())
+            .prop_map(|(dom, frames, access)| Op::Grant { dom, frames, access }),
         4 => (dom.clone(), frames()).prop_map(|(dom, frames)| Op::Revoke { dom, frames }),
-        3 => (dom.clone(), 0..FRAMES).prop_map(|(dom, frame)| Op::Map { dom, frame }),
+        3 => (dom.clone(), 0..FRAMES, access())
+            .prop_map(|(dom, frame, access)| Op::Map { dom, frame, access }),
         2 => (dom.clone(), 0..FRAMES).prop_map(|(dom, frame)| Op::Unmap { dom, frame }),
         1 => (dom.clone(), frames()).prop_map(|(dom, frames)| Op::ClearMapped { dom, frames }),
         1 => frames().prop_map(|frames| Op::EndAll { frames }),
@@ -87,6 +115,7 @@ fn op() -> impl Strategy<Value = Op> {
 /// One grant as the model has it.
 struct Held {
     grant: Grant,
+    access: Access,
     mapped: bool,
     /// Rises with each grant.
     age: u64,
@@ -141,7 +170,10 @@ impl World {
         &self.memory[usize::from(grant.table.0)].entries()[grant.gref.0 as usize]
     }
 
-    fn grant(&mut self, dom: u16, frames: &[u32]) {
+    fn grant(&mut self, dom: u16, frames: &[u32], access: Access) {
+        let held = |frame: &u32| self.model.held.get(&(dom, *frame));
+        let is_other = |held: &Held| held.access != access;
+        let otherwise = frames.iter().filter_map(held).any(is_other);
         let mut new: Vec<u32> = frames.to_vec();
         new.retain(|&frame| !self.model.held.contains_key(&(dom, frame)));
         new.sort_unstable();
@@ -162,16 +194,13 @@ impl World {
                 > ENTRIES as usize - ENTRIES_RESERVED as usize
         });
         let mut out = vec![];
-        let result = self.tables.grant(
-            DomId(dom),
-            Access::ReadOnly,
-            &numbers(frames),
-            false,
-            &mut out,
-        );
+        let numbers = numbers(frames);
+        let result = self
+            .tables
+            .grant(DomId(dom), access, &numbers, false, &mut out);
         match result {
             Ok(()) => {
-                assert!(!over && !full);
+                assert!(!over && !full && !otherwise);
                 assert_eq!(out.len(), frames.len());
                 for (&frame, &grant) in frames.iter().zip(&out) {
                     assert!(grant.gref.0 >= ENTRIES_RESERVED);
@@ -179,6 +208,7 @@ impl World {
                     self.model.ages += 1;
                     let held = Held {
                         grant,
+                        access,
                         mapped: false,
                         age: self.model.ages,
                     };
@@ -186,8 +216,9 @@ impl World {
                     assert_eq!(there.grant, grant);
                 }
             }
-            Err(GrantError::GrantsOverLimit { .. }) => assert!(over),
-            Err(GrantError::TableFull { .. }) => assert!(full && !over),
+            Err(GrantError::BadRange(_)) => assert!(otherwise),
+            Err(GrantError::GrantsOverLimit { .. }) => assert!(over && !otherwise),
+            Err(GrantError::TableFull { .. }) => assert!(full && !over && !otherwise),
             Err(e) => panic!("{e}"),
         }
     }
@@ -213,21 +244,21 @@ impl World {
 
     fn apply(&mut self, op: Op) {
         match op {
-            Op::Grant { dom, frames } => self.grant(dom, &frames),
+            Op::Grant {
+                dom,
+                frames,
+                access,
+            } => self.grant(dom, &frames, access),
             Op::Revoke { dom, frames } => self.revoke(dom, &frames),
-            Op::Map { dom, frame } => {
+            Op::Map { dom, frame, access } => {
                 if let Some(held) = self.model.held.get_mut(&(dom, frame)) {
-                    held.mapped = true;
-                    let grant = held.grant;
-                    assert_eq!(
-                        self.entry(grant).map(DomId(dom), Access::ReadOnly),
-                        Some(1000 + frame)
-                    );
-                    assert_eq!(self.entry(grant).map(DomId(dom), Access::ReadWrite), None);
-                    assert_eq!(
-                        self.entry(grant).map(DomId(dom + 1), Access::ReadOnly),
-                        None
-                    );
+                    let may = access == Access::ReadOnly || held.access == access;
+                    held.mapped |= may;
+                    let entry = held.grant;
+                    let entry = self.entry(entry);
+                    let mapped = entry.map(DomId(dom), access);
+                    assert_eq!(mapped, may.then_some(1000 + frame));
+                    assert_eq!(entry.map(DomId(dom + 1), Access::ReadOnly), None);
                 }
             }
             Op::Unmap { dom, frame } => {
@@ -300,13 +331,19 @@ impl World {
                 self.tables.holder_count(FrameNo(frame)) as usize,
                 expected.len()
             );
+            let writes = model
+                .held
+                .iter()
+                .any(|(key, held)| key.1 == frame && held.access == Access::ReadWrite);
+            assert_eq!(self.tables.is_writable(FrameNo(frame)), writes);
             let granted = self.tables.first_granted(&[FrameNo(frame)]);
             assert_eq!(granted.is_some(), !expected.is_empty());
         }
         let mut seen = 0;
         self.tables.each_grant(&mut |info| {
             let held = &model.held[&(info.dom.0, info.frame.0)];
-            assert_eq!((info.grant, info.mapped), (held.grant, held.mapped));
+            let told = (info.grant, info.access, info.mapped);
+            assert_eq!(told, (held.grant, held.access, held.mapped));
             seen += 1;
         });
         assert_eq!(seen, model.held.len());
@@ -336,7 +373,7 @@ proptest! {
 #[test]
 fn xen_the_audit_sees_every_kind_of_difference() {
     let mut world = World::new(Spread::InTurn);
-    world.grant(1, &[0, 2, 4]);
+    world.grant(1, &[0, 2, 4], Access::ReadOnly);
     let entry = |frame| world.entry(world.model.held[&(1, frame)].grant);
     assert!(entry(0).revoke());
     entry(2).publish(DomId(2), Access::ReadOnly, 1002, false);

@@ -84,3 +84,80 @@ fn the_last_use_comes_before_the_end_of_the_grant() {
         guest.join().unwrap();
     });
 }
+
+const WRITER: DomId = DomId(4);
+
+/// A page is taken from its reader and given to a writer, in the same entry: not while the reader maps it,
+/// and the reader never writes.
+#[test]
+fn a_writer_gets_the_frame_when_no_reader_has_it() {
+    loom::model(|| {
+        let entry = Arc::new(Entry::new());
+        entry.publish(DOM, Access::ReadOnly, 77, false);
+        let reader = {
+            let entry = entry.clone();
+            thread::spawn(move || {
+                assert_eq!(entry.map(DOM, Access::ReadWrite), None);
+                entry.map(DOM, Access::ReadOnly).is_some()
+            })
+        };
+        let mut writes = false;
+        if entry.revoke() {
+            entry.publish(WRITER, Access::ReadWrite, 77, false);
+            writes = entry.map(WRITER, Access::ReadWrite).is_some();
+            assert!(writes);
+            assert!(!entry.revoke(), "its writer has it");
+        }
+        assert_ne!(reader.join().unwrap(), writes);
+    });
+}
+
+/// What the writer stored is seen by whoever revoked its entry, whether it mapped for reading or for writing.
+#[test]
+fn a_writers_last_store_comes_before_the_end_of_its_grant() {
+    use loom::sync::atomic::{AtomicU32, Ordering};
+    loom::model(|| {
+        let entry = Arc::new(Entry::new());
+        let frame = Arc::new(AtomicU32::new(0));
+        entry.publish(DOM, Access::ReadWrite, 1, false);
+        let guest = {
+            let (entry, frame) = (entry.clone(), frame.clone());
+            thread::spawn(move || {
+                if entry.map(DOM, Access::ReadWrite).is_some() {
+                    frame.store(1, Ordering::Relaxed);
+                    entry.clear_mapped();
+                    return true;
+                }
+                false
+            })
+        };
+        let revoked = entry.revoke();
+        let seen = frame.load(Ordering::Relaxed);
+        let wrote = guest.join().unwrap();
+        if revoked {
+            assert_eq!(seen == 1, wrote);
+        }
+    });
+}
+
+/// A writer of an earlier life lets go while its entry is withdrawn: nobody maps it again, and it can be freed.
+#[test]
+fn a_withdrawn_writers_entry_ends_with_its_mapping() {
+    loom::model(|| {
+        let entry = Arc::new(Entry::new());
+        entry.publish(DOM, Access::ReadWrite, 1, true);
+        let guest = {
+            let entry = entry.clone();
+            thread::spawn(move || entry.clear_mapped())
+        };
+        if !entry.revoke() {
+            entry.withdraw();
+        }
+        guest.join().unwrap();
+        for access in [Access::ReadOnly, Access::ReadWrite] {
+            assert_eq!(entry.map(DOM, access), None);
+        }
+        assert!(entry.revoke());
+        assert!(entry.state().is_free());
+    });
+}

@@ -185,6 +185,47 @@ mod tests {
         assert_eq!(second.audit().differences, Vec::<String>::new());
     }
 
+    /// One that had the frame for writing keeps it out as one that reads, and writes or reads it no more than
+    /// by the mapping that it has.
+    #[test]
+    fn local_what_a_writer_left_mapped_is_kept_out_too() {
+        let memory = Arc::new(OwnEntries::new(32).unwrap());
+        let frames = [1, 2, 3].map(FrameNo);
+        let mut grants = Vec::new();
+        let first = open(&memory);
+        first
+            .grant(DomId(3), Access::ReadWrite, &frames, false, &mut grants)
+            .unwrap();
+        let at = |n: usize| &memory.entries()[grants[n].gref.0 as usize];
+        assert!(at(0).map(DomId(53), Access::ReadWrite).is_some());
+        // A writable entry may be mapped for reading alone.
+        assert!(at(1).map(DomId(53), Access::ReadOnly).is_some());
+        assert!(first.is_writable(FrameNo(1)));
+        let mut answers = Vec::new();
+        first.revoke(DomId(3), &frames, &mut answers);
+        use crate::backend::Revocation::{Revoked, StillMapped};
+        assert_eq!(answers, [StillMapped, StillMapped, Revoked]);
+        assert_eq!(first.audit().differences, Vec::<String>::new());
+        drop(first);
+
+        let second = open(&memory);
+        assert!(!second.is_writable(FrameNo(1)));
+        let mut out = Vec::new();
+        second.retry_left_over(&mut out);
+        assert_eq!(out, [FrameNo(1), FrameNo(2)]);
+        for n in [0, 1] {
+            for access in [Access::ReadOnly, Access::ReadWrite] {
+                assert_eq!(at(n).map(DomId(53), access), None);
+            }
+        }
+        assert_eq!(at(0).state().flags, crate::entry::GTF_IN_USE);
+        at(0).clear_mapped();
+        out.clear();
+        second.retry_left_over(&mut out);
+        assert_eq!(out, [FrameNo(2)]);
+        assert_eq!(second.audit().differences, Vec::<String>::new());
+    }
+
     #[test]
     fn local_an_entry_in_use_of_no_frame_is_told() {
         let memory = Arc::new(OwnEntries::new(32).unwrap());
