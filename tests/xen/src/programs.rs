@@ -20,6 +20,7 @@ pub const PROGRAMS: &[(&str, Program)] = &[
     ("session", crate::hostile::session),
     ("hostile", crate::hostile::hostile),
     ("map", frames::map),
+    ("store", frames::store),
     ("hold-frames", frames::hold),
     ("library", library::library),
     ("reader", reader::reader),

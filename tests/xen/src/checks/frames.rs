@@ -18,12 +18,12 @@ use std::time::{Duration, Instant};
 
 const MIB: u32 = 64;
 /// Entries of guests that unmap are cleared by their kernel a little later.
-const SOON: Duration = Duration::from_secs(20);
+pub const SOON: Duration = Duration::from_secs(20);
 /// How long a guest holds what it maps when it is not told to let go.
 const LONG_S: u32 = 1000;
 /// A session, not a domid.
 pub const SESSION: DomId = DomId(700);
-const OTHER: DomId = DomId(701);
+pub const OTHER: DomId = DomId(701);
 
 pub fn config(run_dir: &Path, frames_max: u32) -> XenConfig {
     XenConfig {
@@ -46,23 +46,38 @@ pub fn store(backend: &XenBackend, home: HomeId, page: u64, frame: u32) -> Resul
     Ok(backend.store(home, PageIndex(page), &[FrameNo(frame)], &page_of(page))?)
 }
 
-/// Grants frames of one cache domain: as the guest is told them.
+/// Grants frames of one cache domain for reading: as the guest is told them.
 pub fn grant(backend: &XenBackend, session: DomId, frames: &[FrameNo]) -> Result<String> {
+    grant_as(backend, session, Access::ReadOnly, frames)
+}
+
+/// The same with another access.
+pub fn grant_as(
+    backend: &XenBackend,
+    session: DomId,
+    access: Access,
+    frames: &[FrameNo],
+) -> Result<String> {
     let mut grants = Vec::new();
-    backend.grant(session, Access::ReadOnly, frames, &mut grants)?;
+    backend.grant(session, access, frames, &mut grants)?;
     let table = grants.first().context("nothing granted")?.table;
     let granter = backend.granter(table).context("a table of no domain")?;
     let refs: Vec<_> = grants.iter().map(|g| g.gref.0.to_string()).collect();
     Ok(format!("{} {}", granter.0, refs.join(",")))
 }
 
-fn revoke(backend: &XenBackend, session: DomId, frames: &[FrameNo]) -> Vec<Revocation> {
+pub fn revoke(backend: &XenBackend, session: DomId, frames: &[FrameNo]) -> Vec<Revocation> {
     let mut answers = Vec::new();
     backend.revoke(session, frames, &mut answers);
     answers
 }
 
-fn revoked_soon(lab: &Lab, backend: &XenBackend, session: DomId, frames: &[FrameNo]) -> Result<()> {
+pub fn revoked_soon(
+    lab: &Lab,
+    backend: &XenBackend,
+    session: DomId,
+    frames: &[FrameNo],
+) -> Result<()> {
     lab.wait("the entries to be free", SOON, || {
         let answers = revoke(backend, session, frames);
         let done = answers.iter().all(|a| *a != Revocation::StillMapped);
@@ -244,7 +259,7 @@ fn audit_sees(backend: &XenBackend, home: HomeId) -> Result<()> {
     clean(backend)
 }
 
-fn gone_soon(lab: &Lab) -> Result<()> {
+pub fn gone_soon(lab: &Lab) -> Result<()> {
     let gone = || {
         let left = lab.domains()?;
         Ok(left
@@ -255,14 +270,13 @@ fn gone_soon(lab: &Lab) -> Result<()> {
     lab.wait("the cache domains' end", SOON, gone)
 }
 
-/// A daemon is killed with pages mapped; what the next one finds, keeps, and gets back.
-pub fn found_again(lab: &Lab) -> Result<String> {
-    let guest = Guest::start(lab, Kind::Pvh, "guest", 160)?;
+/// Another process that has four frames granted to the guest, and what it said: as the guest is told them.
+pub fn held(lab: &Lab, guest: &Guest<'_>, access: &str) -> Result<(Job, String)> {
     let mut command = Command::new("copage-xen-lab");
     command
         .args(["do", "hold-frames"])
         .arg(lab.work())
-        .arg(guest.domid().to_string());
+        .args([&guest.domid().to_string(), access]);
     let mut holder = Job::start(command, lab.work(), "holder")?;
     let said = lab.wait("the first daemon", Duration::from_secs(90), || {
         if let Some(ended) = holder.wait(Duration::ZERO)? {
@@ -271,6 +285,13 @@ pub fn found_again(lab: &Lab) -> Result<String> {
         let said = std::fs::read_to_string(&holder.out)?;
         Ok(said.strip_suffix('\n').map(str::to_owned))
     })?;
+    Ok((holder, said))
+}
+
+/// A daemon is killed with pages mapped; what the next one finds, keeps, and gets back.
+pub fn found_again(lab: &Lab) -> Result<String> {
+    let guest = Guest::start(lab, Kind::Pvh, "guest", 160)?;
+    let (mut holder, said) = held(lab, &guest, "")?;
     let before = lab.domains()?;
     let job = map(lab, &guest, &said)?;
     pages_said(&job, &[0, 1, 2, 3])?;

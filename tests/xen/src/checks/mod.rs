@@ -20,6 +20,7 @@ mod measure;
 mod memory;
 mod never_acks;
 mod random;
+mod writable;
 
 use crate::lab::Lab;
 use anyhow::Result;
@@ -116,6 +117,12 @@ pub const CHECKS: &[Check] = &[
         240,
         "a daemon killed with pages mapped: what the next one finds",
         frames::found_again,
+    ),
+    check(
+        "writable",
+        300,
+        "frames that guests write: who may, what the table shows, what a killed daemon leaves",
+        writable::writable,
     ),
     check(
         "limits",

@@ -1,7 +1,7 @@
 //! What the checks of frames run: a guest that maps, a daemon that is killed.
 
 use crate::checks::frames::config;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use copage_grants::xen::lib::Gnttab;
 use copage_grants::{
     Access, Backend, DomId, FrameNo, HomeSpec, PAGE_SIZE, PageIndex, TrustClass, XenBackend,
@@ -53,10 +53,42 @@ pub fn map(arguments: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// `hold-frames DIR DOMID`: in dom0, stores four pages, grants them, says how, and waits to be killed.
+/// `store GRANTER REF,REF… WORD`: maps for writing, says so, and then adds one to that word of each page until it
+/// is killed. The words of all who do this are apart.
+pub fn store(arguments: &[&str]) -> Result<()> {
+    let [granter, refs, word] = arguments else {
+        bail!("store GRANTER REF,REF… WORD");
+    };
+    let refs = refs
+        .split(',')
+        .map(str::parse)
+        .collect::<Result<Vec<u32>, _>>()?;
+    let offset = word.parse::<usize>()? * 8;
+    let gnttab = Gnttab::open()?;
+    let mapped = gnttab
+        .map(granter.parse()?, &refs, true)
+        .map_err(|error| anyhow::anyhow!("errno {}: {error}", error.errno()))?;
+    let pages = mapped.bytes_mut().context("not mapped for writing")?;
+    println!("mapped");
+    std::io::stdout().flush()?;
+    loop {
+        for page in 0..refs.len() {
+            let at = page * PAGE_SIZE + offset;
+            let value = pages.read_only().read_u64(at).context("past the end")?;
+            ensure!(pages.write_u64(at, value.wrapping_add(1)), "past the end");
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// `hold-frames DIR DOMID [writable]`: in dom0, stores four pages, grants them, says how, and waits to be killed.
 pub fn hold(arguments: &[&str]) -> Result<()> {
-    let [dir, domid] = arguments else {
-        bail!("hold-frames DIR DOMID");
+    let [dir, domid, rest @ ..] = arguments else {
+        bail!("hold-frames DIR DOMID [writable]");
+    };
+    let access = match rest.first() {
+        Some(&"writable") => Access::ReadWrite,
+        _ => Access::ReadOnly,
     };
     let backend = XenBackend::new(config(Path::new(dir), 1000))?;
     let home = backend.open_home(&HomeSpec {
@@ -70,7 +102,7 @@ pub fn hold(arguments: &[&str]) -> Result<()> {
     }
     backend.bind(DomId(1), domid.parse()?)?;
     let mut grants = Vec::new();
-    backend.grant(DomId(1), Access::ReadOnly, &frames, &mut grants)?;
+    backend.grant(DomId(1), access, &frames, &mut grants)?;
     let granter = backend.granter(grants[0].table).context("no domain")?;
     let refs: Vec<_> = grants.iter().map(|g| g.gref.0.to_string()).collect();
     println!("{} {}", granter.0, refs.join(","));
