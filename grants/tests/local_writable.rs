@@ -239,6 +239,28 @@ fn local_placing_takes_a_page_from_those_who_map_it_where_it_was() {
     }
 }
 
+/// What is taken out of an arena late is not what has come there since.
+#[test]
+fn local_a_page_that_comes_back_at_once_stays() {
+    for (backend, home) in homes() {
+        let guest = arena(&backend, home, 1);
+        for round in 0..500 {
+            let page = round % 4;
+            place(&backend, home, page, Where::Home, A);
+            let stored = load(&backend, home, page) == content(page);
+            assert!(stored && read(&guest, page) == content(page), "{round}");
+            place(&backend, home, page, A, Where::Home);
+            place(&backend, home, page, Where::Home, A);
+            std::thread::yield_now();
+            assert!(read(&guest, page) == content(page), "{round}");
+            place(&backend, home, page, A, Where::Home);
+            assert!(load(&backend, home, page) == content(page), "{round}");
+        }
+        assert!(backend.wait_swept(SOON));
+        assert!((0..4).all(|page| !is_there(&guest, page)));
+    }
+}
+
 #[test]
 fn local_a_copy_leaves_the_first_where_it_is() {
     for (backend, home) in homes() {
