@@ -49,6 +49,17 @@ impl Bitmap {
         self.count += 1;
     }
 
+    /// Takes a page out.
+    pub(crate) fn unset(&mut self, page: usize) {
+        if !self.get(page) {
+            return;
+        }
+        if let Some(Some(words)) = self.chunks.get_mut(page / CHUNK_PAGES) {
+            words[page % CHUNK_PAGES / 64] &= !(1 << (page % 64));
+            self.count -= 1;
+        }
+    }
+
     /// The first page at or behind `page`, below `end`, that is in the set (or not), else `end`.
     fn next(&self, mut page: usize, end: usize, set: bool) -> usize {
         while page < end {
@@ -71,13 +82,25 @@ impl Bitmap {
 
     /// The runs `(first, count)` of pages in `first..end` that are not in the set, in order.
     pub(crate) fn clear_runs(&self, first: usize, end: usize) -> Vec<(usize, usize)> {
+        self.runs(first, end, false)
+    }
+
+    /// The runs `(first, count)` of pages in `first..end` that are in the set, in order.
+    pub(crate) fn set_runs(&self, first: usize, end: usize) -> Vec<(usize, usize)> {
+        if self.count == 0 {
+            return Vec::new();
+        }
+        self.runs(first, end, true)
+    }
+
+    fn runs(&self, first: usize, end: usize, set: bool) -> Vec<(usize, usize)> {
         let end = end.min(self.pages);
         let mut runs = Vec::new();
-        let mut at = self.next(first, end, false);
+        let mut at = self.next(first, end, set);
         while at < end {
-            let until = self.next(at, end, true);
+            let until = self.next(at, end, !set);
             runs.push((at, until - at));
-            at = self.next(until, end, false);
+            at = self.next(until, end, set);
         }
         runs
     }
@@ -120,5 +143,16 @@ mod tests {
         assert_eq!(map.clear_runs(0, usize::MAX), model);
         assert_eq!(map.clear_runs(1, 64), [(2, 61)]);
         assert!(map.clear_runs(0, 2).is_empty());
+        assert_eq!(map.set_runs(1, 64), [(1, 1), (63, 1)]);
+        assert_eq!(map.set_runs(63, usize::MAX).first(), Some(&(63, 2)));
+        for page in [0, 1, 63, 64, CHUNK_PAGES, CHUNK_PAGES * 2 + 5] {
+            map.unset(page);
+            map.unset(page);
+        }
+        assert_eq!(map.count(), 1);
+        assert_eq!(map.set_runs(0, pages), [(pages - 1, 1)]);
+        map.unset(pages - 1);
+        assert_eq!(map.set_runs(0, pages), []);
+        assert_eq!(map.clear_runs(0, pages), [(0, pages)]);
     }
 }

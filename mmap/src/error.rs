@@ -111,6 +111,13 @@ pub enum MmapError {
         /// Export and path, as it was found.
         path: String,
     },
+    /// Stores through mappings of the file that no `sync` had covered were of a daemon that is gone, and
+    /// may be lost: EIO. Said once.
+    #[error("stores since the last sync may be lost: the daemon that had them is gone")]
+    WritesLost,
+    /// The daemon was gone before it answered what would change a file: EIO.
+    #[error("the daemon was gone before it answered: whether the file was changed is not known")]
+    Unanswered,
     /// This machine has no usable userfaultfd: mapping is not possible, reading is.
     #[error("no userfaultfd: {0}")]
     NoUserfaultfd(String),
@@ -136,6 +143,7 @@ impl MmapError {
             Self::Access(_) => libc::EACCES,
             Self::Stale { .. } => libc::ESTALE,
             Self::NoUserfaultfd(_) | Self::NoGrants(_) => libc::EOPNOTSUPP,
+            Self::WritesLost | Self::Unanswered => libc::EIO,
             Self::Protocol(_) => libc::EPROTO,
         }
     }

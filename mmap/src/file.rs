@@ -9,6 +9,7 @@ use crate::quiet::{Leaf, LeafGuard};
 use crate::rebase::rebase;
 use crate::session::{Session, ended};
 use crate::shared::Shared;
+use crate::site::Site;
 use crate::stamp::{SessionNo, Stamp};
 use copage_coherence::msg::{
     DATA_BYTES_MAX, FileToken, Generation, Handle, OpenHow, OpenedFlags, Reply, Request,
@@ -30,6 +31,8 @@ pub(crate) struct Content {
     /// can join their parts again. `None`: not for mapping, the pages come as grants, or nobody
     /// vouches for any.
     pub(crate) home: Option<Arc<OwnedFd>>,
+    /// Of a `coherent` file that may be mapped.
+    pub(crate) site: Option<Arc<Site>>,
 }
 
 /// What an open file and its mappings share.
@@ -41,6 +44,11 @@ pub(crate) struct FileInner {
     place: Arc<Place>,
     identity: Identity,
     how: OpenHow,
+    /// Opened to write too.
+    write: bool,
+    coherent: bool,
+    /// Stores that no Sync covered went with the session they were of; told by the next one.
+    writes_lost: AtomicBool,
     pinned: bool,
     host_bounded: bool,
     /// Opened to map, without a descriptor: the pages come as grants.
@@ -64,12 +72,8 @@ struct Opened {
     flags: OpenedFlags,
 }
 
-fn ask_open(session: &Session, node: Handle, how: OpenHow) -> Result<Opened> {
-    let answer = session.call(&Request::Open {
-        node,
-        how,
-        write: false,
-    })?;
+fn ask_open(session: &Session, node: Handle, how: OpenHow, write: bool) -> Result<Opened> {
+    let answer = session.call(&Request::Open { node, how, write })?;
     match answer.reply()? {
         Reply::Opened {
             file,
@@ -84,6 +88,7 @@ fn ask_open(session: &Session, node: Handle, how: OpenHow) -> Result<Opened> {
                 version,
                 bytes,
                 home: answer.fd.map(Arc::new),
+                site: None,
             },
             flags,
         }),
@@ -91,10 +96,66 @@ fn ask_open(session: &Session, node: Handle, how: OpenHow) -> Result<Opened> {
     }
 }
 
+fn site_of(
+    shared: &Shared,
+    content: Content,
+    identity: Identity,
+    mappable: bool,
+) -> Result<Content> {
+    let session = content.stamp.session();
+    let site = match mappable {
+        true => Some(shared.sites.lock().of(content.home.as_deref(), session, identity)?),
+        false => None,
+    };
+    Ok(Content { site, ..content })
+}
+
 impl FileInner {
     /// Do its pages come as grants?
     pub(crate) fn granted(&self) -> bool {
         self.granted
+    }
+
+    /// Is it of a `coherent` export?
+    pub(crate) fn coherent(&self) -> bool {
+        self.coherent
+    }
+
+    /// Does the daemon count which pages are mapped here? Then the pager alone asks for them and says that
+    /// they are unmapped.
+    pub(crate) fn is_counted(&self) -> bool {
+        self.granted || self.coherent
+    }
+
+    /// May it be stored to?
+    pub(crate) fn writes(&self) -> bool {
+        self.write
+    }
+
+    /// A content as it comes from the daemon of a session, with its site.
+    pub(crate) fn with_site(&self, shared: &Shared, content: Content) -> Result<Content> {
+        site_of(shared, content, self.identity, self.coherent && self.how == OpenHow::Map)
+    }
+
+    /// It has another content from now on.
+    pub(crate) fn note_successor(&self, old: &Content, new: &Content) {
+        if let (Some(old_site), Some(new_site)) = (&old.site, &new.site)
+            && !Arc::ptr_eq(old_site, new_site)
+            && old_site.succeeded_by(new_site, old.stamp.session() == new.stamp.session())
+        {
+            self.writes_lost.store(true, Ordering::SeqCst);
+        }
+    }
+
+    /// Is this its site?
+    pub(crate) fn is_at(&self, site: &Arc<Site>) -> bool {
+        let content = self.content.lock();
+        content.site.as_ref().is_some_and(|own| Arc::ptr_eq(own, site))
+    }
+
+    /// Were stores lost since this was asked?
+    pub(crate) fn take_lost(&self) -> bool {
+        self.writes_lost.swap(false, Ordering::SeqCst)
     }
 
     /// What it was opened for.
@@ -135,11 +196,17 @@ impl FileInner {
             OpenHow::Pin => OpenHow::Read,
             how => how,
         };
-        let opened = ask_open(session, node, how);
+        let opened = ask_open(session, node, how, self.write);
         session.post(&Request::Forget { node, count: 1 });
-        let Opened { token, content, .. } = opened?;
+        let Opened {
+            token,
+            content,
+            flags,
+        } = opened?;
         let close = || session.post(&Request::Close { file: token });
-        if self.how == OpenHow::Map && content.home.is_none() != self.granted {
+        let content = self.with_site(shared, content).inspect_err(|_| close())?;
+        let other_way = content.home.is_none() != self.granted;
+        if self.how == OpenHow::Map && (other_way || flags.coherent != self.coherent) {
             close();
             return Err(MmapError::Protocol(
                 "the daemon shares files in another way than the one before it".into(),
@@ -195,22 +262,26 @@ impl fmt::Debug for File {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("File")
             .field("generation", &self.generation())
+            .field("writable", &self.is_writable())
             .field("len", &self.len())
             .finish_non_exhaustive()
     }
 }
 
 impl File {
-    pub(crate) fn open(node: &Node, how: OpenHow) -> Result<Self> {
+    pub(crate) fn open(node: &Node, how: OpenHow, write: bool) -> Result<Self> {
         let shared = node.client().shared();
         shared.in_session(|session| {
-            let opened = ask_open(session, node.handle_in(session)?, how)?;
+            let opened = ask_open(session, node.handle_in(session)?, how, write)?;
             let Opened {
                 token,
                 content,
                 flags,
             } = opened;
             let opened = (session.number(), token);
+            let mappable = flags.coherent && how == OpenHow::Map;
+            let content = site_of(shared, content, node.identity(), mappable)
+                .inspect_err(|_| session.post(&Request::Close { file: token }))?;
             // From here on the open is ended by dropping.
             let file = Self {
                 inner: Arc::new(FileInner {
@@ -219,6 +290,9 @@ impl File {
                     place: Arc::clone(node.place()),
                     identity: node.identity(),
                     how,
+                    write,
+                    coherent: flags.coherent,
+                    writes_lost: AtomicBool::new(false),
                     pinned: flags.pinned,
                     host_bounded: flags.host_bounded,
                     granted: how == OpenHow::Map && content.home.is_none(),
@@ -351,6 +425,16 @@ impl File {
         let line = &self.inner.client.shared().line;
         line.present()
             .is_none_or(|session| self.inner.token_in(session.number()).is_none())
+    }
+
+    /// Was it opened for writing?
+    pub fn is_writable(&self) -> bool {
+        self.inner.write
+    }
+
+    /// Is it of a `coherent` export: what anybody stores, everybody sees?
+    pub fn is_coherent(&self) -> bool {
+        self.inner.coherent
     }
 
     /// Maps a range of the file, opened with `OpenHow::Map`.

@@ -29,6 +29,7 @@ mod rebase;
 mod returning;
 mod session;
 mod shared;
+mod site;
 mod stamp;
 mod sys;
 #[cfg(test)]
@@ -36,6 +37,7 @@ mod tests;
 mod uffd;
 mod walk;
 mod window;
+mod write;
 
 pub use client::{Client, ConnectOptions, DaemonAt, UserfaultMode, UserfaultPolicy, Welcome};
 pub use error::{LostWhy, MmapError, Result};

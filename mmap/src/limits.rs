@@ -8,6 +8,11 @@ pub(crate) const WINDOW_PAGES_MAX: u32 = FAULT_PAGES_MAX;
 /// The first window of a stream that was recognised, in pages: 64 KiB, what the kernel's fault-around
 /// maps at once (fault_around_bytes).
 pub(crate) const WINDOW_PAGES_FIRST: u32 = 16;
+/// The largest window of a fault of a `coherent` file, in pages: 256 KiB. The answer waits for whoever
+/// holds any of them for writing.
+pub(crate) const LOAD_PAGES_MAX: u32 = 64;
+/// The largest window of a store to one, in pages: 64 KiB. Nobody else has them while this guest does.
+pub(crate) const STORE_PAGES_MAX: u32 = 16;
 /// Sequential streams remembered for one mapping. Copying programs have two, linkers a handful.
 pub(crate) const STREAMS_MAX: usize = 8;
 /// How far behind the one page of a stream that has just begun the next fault may be, in pages: the

@@ -4,7 +4,7 @@ use crate::client::Client;
 use crate::error::{MmapError, Result};
 use crate::file::File;
 use crate::limits::HUGE_BYTES;
-use crate::mapped::{Mapped, fresh};
+use crate::mapped::{Form, Mapped, fresh};
 use crate::pager::worker::Job;
 use copage_coherence::msg::{Generation, OpenHow};
 use copage_grants::volatile::{VolatileBytes, VolatileBytesMut};
@@ -17,7 +17,7 @@ use std::sync::Arc;
 /// Whose stores a mapping shows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum MapKind {
-    /// The file's pages as everybody sees them. Of an `ro` export: read-only.
+    /// The file's pages as everybody sees them; see [`MapOptions::writable`].
     #[default]
     Shared,
     /// Readable and writable; a page that is stored to becomes a copy of this mapping's own, and
@@ -34,8 +34,8 @@ pub struct MapOptions {
     pub len: Option<u64>,
     /// Whose stores it shows.
     pub kind: MapKind,
-    /// Stores to a `Shared` mapping go to the file. Refused with EACCES: no export is writable yet.
-    /// A `Private` mapping is writable anyway.
+    /// Stores to a `Shared` mapping go to the file, and everybody sees them: of files that were opened with
+    /// [`crate::Node::open_for_writing`]. A `Private` mapping is writable anyway.
     pub writable: bool,
 }
 
@@ -49,6 +49,14 @@ impl MapOptions {
     pub fn private() -> Self {
         Self {
             kind: MapKind::Private,
+            ..Self::default()
+        }
+    }
+
+    /// The whole file, shared, with stores that everybody sees.
+    pub fn written() -> Self {
+        Self {
+            writable: true,
             ..Self::default()
         }
     }
@@ -161,19 +169,20 @@ impl Mapping {
                 "the file was not opened with OpenHow::Map".into(),
             ));
         }
-        if options.kind == MapKind::Shared && options.writable {
+        let form = Form::new(options.kind, options.writable);
+        if form == Form::Write && !inner.writes() {
             return Err(MmapError::Access(
-                "the export is read-only: a shared mapping cannot be writable".into(),
+                "the file was not opened for writing: a shared mapping of it cannot be writable"
+                    .into(),
             ));
         }
         let uffd = shared.uffd()?;
         if inner.granted() {
             shared.granted()?;
         }
-        let private = options.kind == MapKind::Private;
-        if private && !uffd.can_protect() {
+        if form.is_armed() && !uffd.can_protect() {
             return Err(MmapError::NoUserfaultfd(
-                "this kernel cannot write-protect mapped files (before 5.19): no private mappings"
+                "this kernel cannot write-protect mapped files (before 5.19): no writable mappings"
                     .into(),
             ));
         }
@@ -188,13 +197,13 @@ impl Mapping {
             } else {
                 PAGE_SIZE
             };
-            let region = fresh(uffd, &content, options.offset, bytes, options.kind, align)?;
+            let region = fresh(uffd, &content, options.offset, bytes, form, align)?;
             let stamp = content.stamp;
             let mapped = Arc::new(Mapped::new(
                 Arc::clone(inner),
-                options.kind,
+                form,
                 options.offset / PAGE_SIZE_U64,
-                stamp,
+                &content,
                 region,
             ));
             // Entered while the content is held still: a rebase that comes later finds it.
@@ -232,7 +241,7 @@ impl Mapping {
     }
 
     /// The first byte. Reading is allowed for [`Mapping::len`] bytes as [`Mapping`] says, storing
-    /// for a `Private` mapping only (else SIGSEGV). Never make a reference from it: other processes
+    /// for a mapping that [`Mapping::is_writable`] only (else SIGSEGV). Never make a reference from it: other processes
     /// change the bytes, and a reference promises that nobody does. Use volatile or atomic
     /// accesses, or hand it to system calls.
     pub fn as_ptr(&self) -> *mut u8 {
@@ -248,12 +257,12 @@ impl Mapping {
         unsafe { VolatileBytes::new(self.as_ptr(), self.len) }
     }
 
-    /// The bytes of a `Private` mapping, to be stored to as well; `None` of a `Shared` one.
+    /// The bytes of a mapping that may be stored to; `None` of others.
     pub fn as_volatile_mut(&self) -> Option<VolatileBytesMut<'_>> {
-        if self.kind() != MapKind::Private {
+        if !self.is_writable() {
             return None;
         }
-        // SAFETY: as in `as_volatile`; a private mapping is writable for all its length.
+        // SAFETY: as in `as_volatile`; such a mapping is writable for all its length.
         Some(unsafe { VolatileBytesMut::new(self.as_ptr(), self.len) })
     }
 
@@ -269,7 +278,12 @@ impl Mapping {
 
     /// Whose stores it shows.
     pub fn kind(&self) -> MapKind {
-        self.mapped.kind()
+        self.mapped.form().kind()
+    }
+
+    /// May it be stored to? `Private` ones always.
+    pub fn is_writable(&self) -> bool {
+        self.mapped.form() != Form::Read
     }
 
     /// The content that it shows now, as the present daemon counts them.
@@ -297,10 +311,10 @@ impl Mapping {
         self.bring(range, false)
     }
 
-    /// Like [`Mapping::populate`], and makes each page a private copy: for system calls that store
-    /// to the mapping where userfaultfd is of user mode only.
+    /// Like [`Mapping::populate`], and makes each page ready for stores (of a `Private` mapping: a copy): for
+    /// system calls that store to the mapping where userfaultfd is of user mode only.
     pub fn populate_write(&self, range: Range<usize>) -> Result<()> {
-        if self.kind() != MapKind::Private {
+        if !self.is_writable() {
             return Err(MmapError::Access("the mapping is read-only".into()));
         }
         self.bring(range, true)
@@ -329,7 +343,7 @@ impl Drop for Mapping {
             self.mapped.abandon();
             return;
         }
-        if self.mapped.is_granted() {
+        if self.mapped.is_counted() {
             // Unmapped before it leaves the table: what is asked back is looked for there, and must
             // not be acked while it is mapped.
             if self.mapped.try_unmap(shared) {

@@ -295,6 +295,12 @@ impl Node {
     /// Opens this regular file. `Map` to map it, `Read` to read it only; `Pin` to have every page
     /// there for a plain descriptor, answered when they all are.
     pub fn open(&self, how: OpenHow) -> Result<File> {
-        File::open(self, how)
+        File::open(self, how, false)
+    }
+
+    /// As [`Node::open`], to write too: a file of a `coherent` export, with `Map` or `Read` (by messages
+    /// only). EROFS of exports that nobody may write.
+    pub fn open_for_writing(&self, how: OpenHow) -> Result<File> {
+        File::open(self, how, true)
     }
 }

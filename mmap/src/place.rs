@@ -23,6 +23,13 @@ pub(crate) struct Identity {
     ino: u64,
 }
 
+impl Identity {
+    /// The host's device and inode numbers.
+    pub(crate) fn numbers(self) -> (u64, u64) {
+        (self.dev, self.ino)
+    }
+}
+
 impl From<&Attr> for Identity {
     fn from(attr: &Attr) -> Self {
         Self {

@@ -3,6 +3,7 @@
 use crate::error::{MmapError, Result};
 use crate::granted::Brought;
 use crate::limits::{POPULATE_TRIES_MAX, WINDOW_PAGES_MAX};
+use crate::mapped::Form;
 use crate::mapping::{Mapping, PageError};
 use crate::pager::told::Told;
 use crate::pager::worker::Job;
@@ -50,8 +51,8 @@ impl Mapping {
             errno: libc::EAGAIN,
         };
         for _ in 0..POPULATE_TRIES_MAX {
-            self.ask(first, end)?;
-            if write {
+            self.ask(first, end, write)?;
+            if write && self.mapped.form() == Form::Own {
                 self.mapped.make_private(shared, first, end)?;
             }
             match self.mapped.populate(first, end, write) {
@@ -76,11 +77,11 @@ impl Mapping {
     }
 
     /// Asks the daemon for pages `first..end` of the mapping.
-    fn ask(&self, first: usize, end: usize) -> Result<()> {
+    fn ask(&self, first: usize, end: usize, write: bool) -> Result<()> {
         let shared = self.client.shared();
         let file = self.mapped.file();
-        if file.granted() {
-            return self.ask_granted(first, end);
+        if file.is_counted() {
+            return self.ask_counted(first, end, write);
         }
         let mut at = first;
         let mut stales = 0;
@@ -146,6 +147,7 @@ impl Mapping {
                             version,
                             bytes,
                             home: Some(Arc::new(fd)),
+                            site: None,
                         },
                     );
                     self.check_refused()?;
@@ -179,9 +181,9 @@ impl Mapping {
         self.check_refused()
     }
 
-    /// Has pages `first..end` of the mapping brought by grants. The pager asks: what it sends and what
+    /// Has pages `first..end` of the mapping brought where the daemon counts them. The pager asks: what it sends and what
     /// it says to be unmapped must keep their order ([`crate::granted`]).
-    fn ask_granted(&self, first: usize, end: usize) -> Result<()> {
+    fn ask_counted(&self, first: usize, end: usize, write: bool) -> Result<()> {
         let shared = self.client.shared();
         let base = self.mapped.first_page();
         let (mut at, end) = (base + first as u64, base + end as u64);
@@ -198,6 +200,7 @@ impl Mapping {
                 mapped: Arc::clone(&self.mapped),
                 page: at,
                 end,
+                write,
                 tell,
             });
             match told.recv() {

@@ -14,7 +14,10 @@ use std::sync::Arc;
 pub(crate) fn rebase(shared: &Shared, file: &Arc<FileInner>, content: Content) {
     let (newest, older) = {
         let mut known = file.content.lock();
-        let older = (content.stamp > known.stamp).then(|| std::mem::replace(&mut *known, content));
+        let older = (content.stamp > known.stamp).then(|| {
+            file.note_successor(&known, &content);
+            std::mem::replace(&mut *known, content)
+        });
         (known.clone(), older)
     };
     // Whoever maps from here on maps the newest; what was entered before is in the table.
@@ -24,7 +27,7 @@ pub(crate) fn rebase(shared: &Shared, file: &Arc<FileInner>, content: Content) {
     }
     // What is pinned stays mapped, by whomever has its descriptor, until it is closed.
     if let Some(older) = older.filter(|_| file.how() != OpenHow::Pin) {
-        if file.granted() {
+        if file.is_counted() {
             let pages = Pages {
                 stamp: older.stamp,
                 first: 0,

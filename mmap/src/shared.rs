@@ -10,6 +10,7 @@ use crate::pager::told::Told;
 use crate::pager::worker::Job;
 use crate::quiet::Leaf;
 use crate::session::Session;
+use crate::site::Sites;
 use crate::stamp::SessionNo;
 use crate::uffd::Uffd;
 use copage_coherence::msg::{FileToken, OpenHow};
@@ -27,6 +28,8 @@ pub(crate) struct Shared {
     pub(crate) uffd: std::result::Result<Uffd, String>,
     /// The mappings by address. A leaf lock: nothing is called under it.
     pub(crate) space: Leaf<Space>,
+    /// The `coherent` files that are open to be mapped. A leaf lock.
+    pub(crate) sites: Leaf<Sites>,
     /// Open files by their last session and token, for notices. A leaf lock.
     files: Leaf<HashMap<(SessionNo, FileToken), Weak<FileInner>>>,
     /// To the worker thread.
@@ -57,6 +60,7 @@ impl Shared {
             dialer: parts.dialer,
             uffd: parts.uffd,
             space: Leaf::new(Space::default()),
+            sites: Leaf::default(),
             files: Leaf::new(HashMap::new()),
             jobs: parts.jobs,
             empty: parts.empty,

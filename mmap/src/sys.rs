@@ -142,15 +142,20 @@ impl Region {
         Ok(region)
     }
 
-    /// Maps `bytes` (whole pages) of `file` from `offset`, shared and read-only, where the kernel
-    /// likes; not copied to forked children (but by a fork in the instant before this is said).
-    pub(crate) fn shared(file: BorrowedFd<'_>, offset: u64, bytes: usize) -> io::Result<Self> {
+    /// Maps `bytes` (whole pages) of `file` from `offset`, shared, where the kernel likes; not copied to
+    /// forked children (but by a fork in the instant before this is said).
+    pub(crate) fn shared(
+        file: BorrowedFd<'_>,
+        offset: u64,
+        bytes: usize,
+        protection: Protection,
+    ) -> io::Result<Self> {
         // SAFETY: no address is given, so the kernel chooses one that nothing uses.
         let start = unsafe {
             rustix::mm::mmap(
                 std::ptr::null_mut(),
                 bytes,
-                ProtFlags::READ,
+                protection.flags(),
                 MapFlags::SHARED,
                 file,
                 offset,
@@ -164,14 +169,14 @@ impl Region {
         Ok(region)
     }
 
-    /// Maps `bytes` (whole pages) of `file` from `offset` over the pages at `at`, shared and
-    /// read-only. On error the pages may be unmapped: [`Self::refuse_unmapped`].
+    /// Maps `bytes` (whole pages) of `file` from `offset` over the pages at `at`, shared. On error the pages
+    /// may be unmapped: [`Self::refuse_unmapped`].
     pub(crate) fn overlay(
         &self,
         at: usize,
         bytes: usize,
-        file: BorrowedFd<'_>,
-        offset: u64,
+        (file, offset): (BorrowedFd<'_>, u64),
+        protection: Protection,
     ) -> io::Result<()> {
         let addr = self.check(at, bytes)?;
         // SAFETY: `check` saw that the fixed range lies in this region, which is ours alone and
@@ -180,7 +185,7 @@ impl Region {
             rustix::mm::mmap(
                 pointer(addr),
                 bytes,
-                ProtFlags::READ,
+                protection.flags(),
                 MapFlags::SHARED | MapFlags::FIXED,
                 file,
                 offset,

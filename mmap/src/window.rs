@@ -2,7 +2,7 @@
 //! reads on. Pure logic; pages are counted in the file.
 
 use crate::limits::{
-    STREAM_REACH_PAGES, STREAM_START_REACH_PAGES, STREAMS_MAX, WINDOW_PAGES_FIRST, WINDOW_PAGES_MAX,
+    STREAM_REACH_PAGES, STREAM_START_REACH_PAGES, STREAMS_MAX, WINDOW_PAGES_FIRST,
 };
 use copage_coherence::msg::FaultHint;
 
@@ -11,7 +11,7 @@ use copage_coherence::msg::FaultHint;
 pub(crate) struct Window {
     /// The page that faulted, or one before it where a window is more than a page.
     pub(crate) first: u64,
-    /// At least 1, at most [`WINDOW_PAGES_MAX`].
+    /// At least 1, at most what one Fault may ask for.
     pub(crate) count: u32,
     pub(crate) hint: FaultHint,
 }
@@ -35,15 +35,19 @@ pub(crate) struct Windows {
     /// The window of a fault from which nothing follows, in pages: a power of two, and where such a
     /// window lies is a multiple of it.
     least: u32,
+    /// The largest window, in pages: a power of two, too.
+    most: u32,
 }
 
 impl Windows {
-    /// `least`: pages of a window where nothing is known; a power of two.
-    pub(crate) fn new(least: u32) -> Self {
+    /// `least`: pages of a window where nothing is known; `most`: of any, at most what
+    /// one Fault may ask for. Powers of two.
+    pub(crate) fn new(least: u32, most: u32) -> Self {
         Self {
             streams: Vec::new(),
             faults: 0,
             least,
+            most,
         }
     }
 
@@ -71,7 +75,7 @@ impl Windows {
         let (first, pages, hint) = match found {
             Some(stream) => {
                 let pages = stream.pages.saturating_mul(4);
-                let pages = pages.clamp(WINDOW_PAGES_FIRST, WINDOW_PAGES_MAX);
+                let pages = pages.max(WINDOW_PAGES_FIRST).min(self.most);
                 let aligned = (page + u64::from(pages)) / u64::from(pages) * u64::from(pages);
                 // `aligned` is above `page` by at most `pages`.
                 let count = (aligned.min(end.max(page + 1)) - page) as u32;
@@ -111,12 +115,13 @@ impl Windows {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limits::WINDOW_PAGES_MAX;
 
     const END: u64 = 1 << 30;
 
     #[test]
     fn a_sequential_reader_gets_growing_aligned_windows() {
-        let mut windows = Windows::new(1);
+        let mut windows = Windows::new(1, WINDOW_PAGES_MAX);
         let mut page = 0;
         let mut counts = Vec::new();
         for _ in 0..8 {
@@ -131,8 +136,19 @@ mod tests {
     }
 
     #[test]
+    fn windows_grow_as_far_as_they_may() {
+        let mut windows = Windows::new(1, 16);
+        let mut page = 0;
+        for _ in 0..8 {
+            page += u64::from(windows.choose(page, END).count);
+        }
+        assert_eq!(page, 7 * 16);
+        assert_eq!(windows.choose(page, END).count, 16);
+    }
+
+    #[test]
     fn random_faults_ask_for_one_page() {
-        let mut windows = Windows::new(1);
+        let mut windows = Windows::new(1, WINDOW_PAGES_MAX);
         let mut x = 1u64;
         for _ in 0..1000 {
             x = x
@@ -148,7 +164,7 @@ mod tests {
     fn random_faults_in_a_small_file_stay_almost_all_of_one_page() {
         // 16 MiB of which half is resident: pages that were brought fault no more for a while.
         const PAGES: u64 = 4096;
-        let mut windows = Windows::new(1);
+        let mut windows = Windows::new(1, WINDOW_PAGES_MAX);
         let (mut x, mut asked) = (1u64, 0);
         for _ in 0..20_000 {
             x = x
@@ -164,7 +180,7 @@ mod tests {
 
     #[test]
     fn several_streams_grow_side_by_side() {
-        let mut windows = Windows::new(1);
+        let mut windows = Windows::new(1, WINDOW_PAGES_MAX);
         let mut at: Vec<u64> = (0..STREAMS_MAX as u64).map(|i| i * 1_000_000).collect();
         for _ in 0..8 {
             for page in &mut at {
@@ -178,7 +194,7 @@ mod tests {
 
     #[test]
     fn a_stream_survives_pages_that_others_brought_but_not_a_jump() {
-        let mut windows = Windows::new(1);
+        let mut windows = Windows::new(1, WINDOW_PAGES_MAX);
         windows.choose(0, END);
         windows.choose(1, END);
         assert_eq!(windows.choose(40, END).hint, FaultHint::Sequential);
@@ -188,7 +204,7 @@ mod tests {
 
     #[test]
     fn granted_files_are_read_in_aligned_windows_from_the_first() {
-        let mut windows = Windows::new(16);
+        let mut windows = Windows::new(16, WINDOW_PAGES_MAX);
         let w = windows.choose(37, END);
         assert_eq!((w.first, w.count, w.hint), (32, 16, FaultHint::Random));
         let counts: Vec<(u64, u32)> = [48, 64, 256]
@@ -202,11 +218,11 @@ mod tests {
 
     #[test]
     fn windows_end_with_the_file() {
-        let mut windows = Windows::new(1);
+        let mut windows = Windows::new(1, WINDOW_PAGES_MAX);
         windows.choose(0, 3);
         assert_eq!(windows.choose(1, 3).count, 2);
-        assert_eq!(Windows::new(1).choose(7, 7).count, 1, "never nothing");
-        let mut last = Windows::new(1);
+        assert_eq!(Windows::new(1, WINDOW_PAGES_MAX).choose(7, 7).count, 1, "never nothing");
+        let mut last = Windows::new(1, WINDOW_PAGES_MAX);
         last.choose(u64::MAX / 4096 - 1, u64::MAX / 4096 + 1);
         assert_eq!(last.choose(u64::MAX / 4096, u64::MAX / 4096 + 1).count, 1);
     }

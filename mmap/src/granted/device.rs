@@ -10,7 +10,7 @@
 //! personality would add PROT_EXEC.
 
 use crate::limits::WINDOW_PAGES_MAX;
-use crate::sys::{Region, read_implies_exec};
+use crate::sys::{Protection, Region, read_implies_exec};
 use copage_grants::PAGE_SIZE;
 use rustix::fs::{Mode, OFlags};
 use std::ffi::{c_int, c_ulong};
@@ -194,14 +194,24 @@ impl Device for Gntdev {
         if read_implies_exec() {
             return Err(io::Error::from_raw_os_error(libc::EACCES));
         }
-        Region::shared(self.fd.as_fd(), index, pages * PAGE_SIZE)
+        Region::shared(
+            self.fd.as_fd(),
+            index,
+            pages * PAGE_SIZE,
+            Protection::Read,
+        )
     }
 
     fn map_over(&self, index: u64, pages: usize, region: &Region, at: usize) -> io::Result<()> {
         if read_implies_exec() {
             return Err(io::Error::from_raw_os_error(libc::EACCES));
         }
-        region.overlay(at, pages * PAGE_SIZE, self.fd.as_fd(), index)
+        region.overlay(
+            at,
+            pages * PAGE_SIZE,
+            (self.fd.as_fd(), index),
+            Protection::Read,
+        )
     }
 
     fn forget(&self, index: u64, pages: usize) -> io::Result<()> {

@@ -3,8 +3,7 @@
 use super::window::{NotPlaced, Window};
 use super::{Granted, MapJob, Pages};
 use crate::error::MmapError;
-use crate::mapped::{Mapped, Ops, refuse_all, scratch, span};
-use crate::mapping::MapKind;
+use crate::mapped::{Form, Mapped, Ops, scratch, span};
 use crate::pager::told::Told;
 use crate::shared::Shared;
 use std::collections::BTreeMap;
@@ -124,12 +123,12 @@ pub(crate) fn map(shared: &Shared, job: &MapJob) -> MapOutcome {
     }
     let mut outcome = MapOutcome::Done;
     for mapped in &job.mappings {
-        let of_this = match mapped.kind() {
-            MapKind::Shared => {
+        let of_this = match mapped.form() {
+            Form::Read | Form::Write => {
                 granted.make_room(shared, job.refs.len());
                 mapped.map_batch(shared, granted, job)
             }
-            MapKind::Private => mapped.copy_batch(shared, granted, job),
+            Form::Own => mapped.copy_batch(shared, granted, job),
         };
         if !matches!(of_this, MapOutcome::Done) {
             outcome = of_this;
@@ -163,7 +162,7 @@ impl Mapped {
         if ops.region.is_none() || ops.refused || !(from..until).contains(&page) {
             return Some(Cover::There);
         }
-        if self.kind() == MapKind::Private {
+        if self.form() == Form::Own {
             return Some(Cover::Free(from..until));
         }
         let page = (page - base) as usize;
@@ -276,7 +275,7 @@ impl Mapped {
         if let Err(e) = replaced {
             // It must go all the same: all of the mapping is SIGBUS rather than mapped for longer.
             self.after_failed_replace(shared, ops, taken.start, taken.len(), &e);
-            refuse_all(ops, self.kind(), shared.empty.as_fd(), &e);
+            self.refuse_all(ops, shared.empty.as_fd(), &e);
             return Err(e);
         }
         ops.windows.forget(taken.clone());
@@ -299,7 +298,7 @@ impl Mapped {
                 .map_err(|e| MmapError::sys("mmap", &e));
         }
         let _ = shared;
-        scratch(uffd, bytes, self.kind())
+        scratch(uffd, bytes, self.form())
     }
 
     /// Takes one window back because there is no room, and says so. `false`: it is not there.
@@ -336,10 +335,13 @@ impl Mapped {
         true
     }
 
-    /// The windows of a mapping that has just been unmapped; they are let go of and the daemon told.
+    /// What a mapping that has just been unmapped held is let go of, and the daemon told.
     pub(crate) fn let_go(&self, shared: &Shared, ops: &mut Ops) {
-        let runs = ops.windows.runs();
+        let mut runs = ops.windows.runs();
         ops.windows.forget_all();
+        let moved = ops.moved_runs(self.pages());
+        self.forget_moved(ops, 0, self.pages());
+        runs.extend(moved);
         for run in runs {
             let pages = Pages {
                 stamp: self.stamp(),

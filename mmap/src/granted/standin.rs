@@ -3,7 +3,7 @@
 //! whoever maps it still, or maps its number under the old meaning, reads wrong bytes.
 
 use super::device::Device;
-use crate::sys::Region;
+use crate::sys::{Protection, Region};
 use copage_grants::PAGE_SIZE;
 use parking_lot::{Condvar, Mutex};
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -327,13 +327,23 @@ impl Device for StandIn {
             }
         }
         let offset = self.use_batch(index, pages)?;
-        Region::shared(self.frames.as_fd(), offset, pages * PAGE_SIZE)
+        Region::shared(
+            self.frames.as_fd(),
+            offset,
+            pages * PAGE_SIZE,
+            Protection::Read,
+        )
     }
 
     fn map_over(&self, index: u64, pages: usize, region: &Region, at: usize) -> io::Result<()> {
         let offset = self.use_batch(index, pages)?;
         self.overlays.fetch_add(1, Ordering::SeqCst);
-        region.overlay(at, pages * PAGE_SIZE, self.frames.as_fd(), offset)
+        region.overlay(
+            at,
+            pages * PAGE_SIZE,
+            (self.frames.as_fd(), offset),
+            Protection::Read,
+        )
     }
 
     fn forget(&self, index: u64, pages: usize) -> io::Result<()> {

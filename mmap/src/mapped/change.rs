@@ -1,11 +1,11 @@
 //! The changes of a mapping by every thread but the pager: they take the lock, and may wait for the
 //! pager.
 
-use super::{Mapped, Ops, fresh, protection, refuse_all, span};
+use super::{Form, Mapped, Ops, fresh, span};
 use crate::error::{MmapError, Result};
 use crate::file::Content;
 use crate::limits::HUGE_BYTES;
-use crate::mapping::{MapKind, PageError};
+use crate::mapping::PageError;
 use crate::shared::Shared;
 use copage_grants::{PAGE_SIZE, PAGE_SIZE_U64};
 use std::io;
@@ -28,7 +28,7 @@ impl Mapped {
 
     /// Maps what is there of pages `first..end`. No lock: this may fault and wait for the pager.
     pub(crate) fn populate(&self, first: usize, end: usize, write: bool) -> io::Result<()> {
-        if self.is_granted() && self.kind == MapKind::Shared {
+        if self.is_granted() && self.form != Form::Own {
             // Windows are mapped as they come: nothing is left to do, unless they have gone again.
             let mut lock = self.lock(self.file.client.shared());
             return match lock.ops() {
@@ -63,7 +63,7 @@ impl Mapped {
     pub(crate) fn discard(&self, shared: &Shared, first: usize, end: usize) -> io::Result<()> {
         let mut lock = self.lock(shared);
         let Some(ops) = lock.ops() else { return Ok(()) };
-        if self.is_granted() && self.kind == MapKind::Shared {
+        if self.is_granted() && self.form != Form::Own {
             return self.take_back(shared, ops, first..end).map(|_| ());
         }
         let Some(region) = &ops.region else {
@@ -104,6 +104,13 @@ impl Mapped {
         }
         ops.last_error = None;
         Ok(())
+    }
+
+    /// Puts fresh pages in place of all that were refused, and wakes whoever waits.
+    pub(crate) fn renew_refused(&self, shared: &Shared) {
+        if let Err(error) = self.try_again(shared, 0, self.pages()) {
+            tracing::debug!(%error, "refused pages stay refused");
+        }
     }
 
     /// A page that a rebase passed over is missing: gives it a copy of its own, of the newest
@@ -147,13 +154,13 @@ impl Mapped {
                     // There by now, or just moving: the access tries again and sees.
                     (Some(Err(_)), _) | (None, None) => {}
                     (None, Some(region)) => {
-                        let (protection, _) = protection(self.kind);
+                        let protection = self.form.protection();
                         match region.refuse(span(page), PAGE_SIZE, protection, shared.empty.as_fd())
                         {
                             Ok(()) => {
                                 ops.refused_pages.insert(page);
                             }
-                            Err(e) => refuse_all(ops, self.kind, shared.empty.as_fd(), &e),
+                            Err(e) => self.refuse_all(ops, shared.empty.as_fd(), &e),
                         }
                     }
                 }
@@ -178,7 +185,7 @@ impl Mapped {
             return Ok(());
         }
         let offset = (self.first_page + page as u64) * PAGE_SIZE_U64;
-        let piece = fresh(uffd, &content, offset, PAGE_SIZE, self.kind, PAGE_SIZE)?;
+        let piece = fresh(uffd, &content, offset, PAGE_SIZE, self.form, PAGE_SIZE)?;
         region.replace(span(page), piece).map_err(|e| {
             self.after_failed_replace(shared, ops, page, 1, &e);
             MmapError::sys("mremap over a refused page", &e)
@@ -203,11 +210,11 @@ impl Mapped {
             PAGE_SIZE
         };
         let offset = self.first_page * PAGE_SIZE_U64;
-        let scratch = match fresh(uffd, content, offset, self.bytes, self.kind, align) {
+        let scratch = match fresh(uffd, content, offset, self.bytes, self.form, align) {
             Ok(scratch) => scratch,
             Err(error) => {
                 let e = io::Error::from_raw_os_error(error.errno());
-                refuse_all(ops, self.kind, shared.empty.as_fd(), &e);
+                self.refuse_all(ops, shared.empty.as_fd(), &e);
                 return;
             }
         };
@@ -222,12 +229,14 @@ impl Mapped {
             let Some(region) = &ops.region else { return };
             if let Err(e) = region.replace(span(run), piece) {
                 self.after_failed_replace(shared, ops, run, count, &e);
-                refuse_all(ops, self.kind, shared.empty.as_fd(), &e);
+                self.refuse_all(ops, shared.empty.as_fd(), &e);
                 return;
             }
         }
         // Replaced, all of them: only shared mappings have any, and those have no private pages.
         ops.windows.forget_all();
+        self.forget_moved(ops, 0, self.pages());
+        ops.site = content.site.clone();
         ops.behind = ops.private.clone();
         ops.refused_pages.clear();
         ops.last_error = None;
@@ -243,7 +252,7 @@ impl Mapped {
         count: usize,
         error: &io::Error,
     ) {
-        let (protection, _) = protection(self.kind);
+        let protection = self.form.protection();
         if let Some(region) = &ops.region {
             // EEXIST, the usual case: they are mapped as before.
             let filled =
@@ -263,9 +272,12 @@ impl Mapped {
         let mut lock = self.lock(shared);
         let Some(ops) = lock.ops() else { return };
         if let Some(region) = &ops.region {
-            let (protection, _) = protection(self.kind);
+            let protection = self.form.protection();
             match region.refuse(0, self.bytes, protection, shared.empty.as_fd()) {
-                Ok(()) => ops.windows.forget_all(),
+                Ok(()) => {
+                    ops.windows.forget_all();
+                    self.forget_moved(ops, 0, self.pages());
+                }
                 Err(e) => {
                     tracing::error!(error = %e, "a lost mapping could not be refused");
                 }

@@ -6,23 +6,31 @@
 //! again, if they still must.
 
 mod change;
+mod form;
+mod moved;
 mod serve;
+
+pub(crate) use form::Form;
 
 use crate::bitmap::Bitmap;
 use crate::error::{MmapError, Result};
 use crate::file::{Content, FileInner};
 use crate::granted::Windows as GrantedWindows;
-use crate::limits::GRANTED_PAGES_FIRST;
-use crate::mapping::{MapKind, PageError};
+use crate::limits::{
+    GRANTED_PAGES_FIRST, LOAD_PAGES_MAX, STORE_PAGES_MAX, WINDOW_PAGES_MAX,
+};
+use crate::mapping::PageError;
 use crate::quiet::{Leaf, LeafGuard};
 use crate::shared::Shared;
+use crate::site::Site;
 use crate::stamp::Stamp;
-use crate::sys::{Protection, Region};
+use crate::sys::Region;
 use crate::uffd::Uffd;
 use crate::window::{Window, Windows};
-use copage_grants::{PAGE_SIZE, PAGE_SIZE_U64};
+use copage_grants::{Access, PAGE_SIZE, PAGE_SIZE_U64};
 use std::collections::BTreeSet;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
@@ -42,13 +50,25 @@ pub(crate) struct Ops {
     /// Those of them that a rebase passed over: a copy of its own should be there; what is mapped
     /// below it is an older content, of which nothing comes any more.
     pub(crate) behind: Bitmap,
+    /// Pages that are mapped from an arena, not from the home ([`moved`]).
+    moved: Bitmap,
+    /// Of a `coherent` file.
+    pub(crate) site: Option<Arc<Site>>,
     last_error: Option<PageError>,
+}
+
+impl Ops {
+    /// Of `pages` pages those that are mapped from an arena, in runs.
+    pub(crate) fn moved_runs(&self, pages: usize) -> Vec<Range<usize>> {
+        let runs = self.moved.set_runs(0, pages).into_iter();
+        runs.map(|(first, count)| first..first + count).collect()
+    }
 }
 
 /// A mapping as pager, worker and callers share it. Pages are counted from its start.
 pub(crate) struct Mapped {
     file: Arc<FileInner>,
-    kind: MapKind,
+    form: Form,
     addr: usize,
     bytes: usize,
     first_page: u64,
@@ -59,6 +79,8 @@ pub(crate) struct Mapped {
     missed: AtomicBool,
     /// The pager's alone; a lock because it must be shared.
     windows: Leaf<Windows>,
+    /// Of stores to the file.
+    stores: Leaf<Windows>,
 }
 
 /// Holds `ops` on any thread but the pager's.
@@ -104,18 +126,17 @@ pub(crate) fn fresh(
     content: &Content,
     offset: u64,
     bytes: usize,
-    kind: MapKind,
+    form: Form,
     align: usize,
 ) -> Result<Region> {
     let Some(home) = &content.home else {
-        return scratch(uffd, bytes, kind);
+        return scratch(uffd, bytes, form);
     };
-    let (protection, private) = protection(kind);
-    let region = Region::map(home.as_fd(), offset, bytes, protection, align)
+    let region = Region::map(home.as_fd(), offset, bytes, form.protection(), align)
         .map_err(|e| MmapError::sys("mmap of the file's pages", &e))?;
-    uffd.register(region.addr(), bytes, private)
+    uffd.register(region.addr(), bytes, form.is_armed())
         .map_err(|e| MmapError::sys("UFFDIO_REGISTER", &e))?;
-    if private && !skip_arm() {
+    if form.is_armed() && !skip_arm() {
         uffd.protect(region.addr(), bytes)
             .map_err(|e| MmapError::sys("UFFDIO_WRITEPROTECT", &e))?;
     }
@@ -124,11 +145,10 @@ pub(crate) fn fresh(
 
 /// Memory that holds nothing, of a granted file or of one that nobody vouches for: registered where nobody
 /// sees it yet. There is nothing to arm: pages come write-protected into a private one.
-pub(crate) fn scratch(uffd: &Uffd, bytes: usize, kind: MapKind) -> Result<Region> {
-    let (protection, private) = protection(kind);
-    let region = Region::anonymous(bytes, protection)
+pub(crate) fn scratch(uffd: &Uffd, bytes: usize, form: Form) -> Result<Region> {
+    let region = Region::anonymous(bytes, form.protection())
         .map_err(|e| MmapError::sys("mmap of the mapping's range", &e))?;
-    uffd.register(region.addr(), bytes, private)
+    uffd.register(region.addr(), bytes, form.is_armed())
         .map_err(|e| MmapError::sys("UFFDIO_REGISTER", &e))?;
     Ok(region)
 }
@@ -150,13 +170,6 @@ const fn skip_arm() -> bool {
     false
 }
 
-const fn protection(kind: MapKind) -> (Protection, bool) {
-    match kind {
-        MapKind::Shared => (Protection::Read, false),
-        MapKind::Private => (Protection::ReadWrite, true),
-    }
-}
-
 /// Bytes of `pages` pages; pages of a mapping, so that it cannot overflow.
 pub(crate) const fn span(pages: usize) -> usize {
     pages * PAGE_SIZE
@@ -165,9 +178,9 @@ pub(crate) const fn span(pages: usize) -> usize {
 impl Mapped {
     pub(crate) fn new(
         file: Arc<FileInner>,
-        kind: MapKind,
+        form: Form,
         first_page: u64,
-        stamp: Stamp,
+        content: &Content,
         region: Region,
     ) -> Self {
         let (addr, bytes) = (region.addr(), region.bytes());
@@ -176,13 +189,17 @@ impl Mapped {
         } else {
             1
         };
+        let most = match content.site {
+            Some(_) => LOAD_PAGES_MAX,
+            None => WINDOW_PAGES_MAX,
+        };
         Self {
             file,
-            kind,
+            form,
             addr,
             bytes,
             first_page,
-            shows: AtomicU64::new(stamp.bits()),
+            shows: AtomicU64::new(content.stamp.bits()),
             ops: Leaf::new(Ops {
                 region: Some(region),
                 windows: GrantedWindows::default(),
@@ -190,10 +207,13 @@ impl Mapped {
                 refused_pages: BTreeSet::new(),
                 private: Bitmap::new(bytes / PAGE_SIZE),
                 behind: Bitmap::new(bytes / PAGE_SIZE),
+                moved: Bitmap::new(bytes / PAGE_SIZE),
+                site: content.site.clone(),
                 last_error: None,
             }),
             missed: AtomicBool::new(false),
-            windows: Leaf::new(Windows::new(least)),
+            windows: Leaf::new(Windows::new(least, most)),
+            stores: Leaf::new(Windows::new(1, STORE_PAGES_MAX)),
         }
     }
 
@@ -202,12 +222,18 @@ impl Mapped {
         self.file.granted()
     }
 
+    /// What it maps is entered with the daemon page by page: by the pager, and until it was said to be
+    /// unmapped.
+    pub(crate) fn is_counted(&self) -> bool {
+        self.file.is_counted()
+    }
+
     pub(crate) fn file(&self) -> &Arc<FileInner> {
         &self.file
     }
 
-    pub(crate) fn kind(&self) -> MapKind {
-        self.kind
+    pub(crate) fn form(&self) -> Form {
+        self.form
     }
 
     pub(crate) fn addr(&self) -> usize {
@@ -256,12 +282,16 @@ impl Mapped {
     }
 
     /// What to ask for at a fault on a page of the file whose length is `file_bytes`.
-    pub(crate) fn window(&self, file_page: u64, file_bytes: u64) -> Window {
+    pub(crate) fn window(&self, file_page: u64, file_bytes: u64, access: Access) -> Window {
         let mapped_end = self.first_page + self.pages() as u64;
         let end = mapped_end
             .min(file_bytes.div_ceil(PAGE_SIZE_U64))
             .max(file_page + 1);
-        self.windows.lock().choose(file_page, end)
+        let windows = match access {
+            Access::ReadOnly => &self.windows,
+            Access::ReadWrite => &self.stores,
+        };
+        windows.lock().choose(file_page, end)
     }
 
     /// For the pager: `None` when somebody holds it, who will wake everybody when done.
@@ -283,20 +313,22 @@ impl Mapped {
             uffd: shared.uffd.as_ref().ok(),
         }
     }
-}
 
-/// All of it SIGBUS: one mapping in place of many always fits.
-pub(crate) fn refuse_all(ops: &mut Ops, kind: MapKind, empty: BorrowedFd<'_>, error: &io::Error) {
-    let (protection, _) = protection(kind);
-    if let Some(region) = &ops.region {
-        match region.refuse(0, region.bytes(), protection, empty) {
-            Ok(()) => ops.windows.forget_all(),
-            Err(e) => tracing::error!(error = %e, "a mapping could not be refused"),
+    /// All of it SIGBUS: one mapping in place of many always fits.
+    pub(crate) fn refuse_all(&self, ops: &mut Ops, empty: BorrowedFd<'_>, error: &io::Error) {
+        if let Some(region) = &ops.region {
+            match region.refuse(0, region.bytes(), self.form.protection(), empty) {
+                Ok(()) => {
+                    ops.windows.forget_all();
+                    self.forget_moved(ops, 0, self.pages());
+                }
+                Err(e) => tracing::error!(error = %e, "a mapping could not be refused"),
+            }
         }
+        ops.refused = true;
+        ops.last_error = Some(PageError {
+            offset: None,
+            error: MmapError::sys("mapping fresh pages", error),
+        });
     }
-    ops.refused = true;
-    ops.last_error = Some(PageError {
-        offset: None,
-        error: MmapError::sys("mapping fresh pages", error),
-    });
 }

@@ -1,8 +1,8 @@
 //! The pager's changes of a mapping: they only try the lock, and never wait.
 
-use super::{Change, Mapped, protection, refuse_all};
+use super::{Change, Form, Mapped};
 use crate::error::MmapError;
-use crate::mapping::{MapKind, PageError};
+use crate::mapping::PageError;
 use crate::uffd::Uffd;
 use copage_grants::PAGE_SIZE;
 use std::os::fd::BorrowedFd;
@@ -24,11 +24,19 @@ impl Mapped {
         Change::Done
     }
 
+    /// Is this page mapped from an arena? `None`: the mapping is being changed, and who does that wakes
+    /// everybody.
+    pub(crate) fn try_is_moved(&self, file_page: u64) -> Option<bool> {
+        let ops = self.try_ops()?;
+        let addr = self.address_of(file_page)?;
+        Some(ops.moved.get((addr - self.addr) / PAGE_SIZE))
+    }
+
     /// Was this page passed over by a rebase? If it is missing nevertheless, the store for which it
     /// was counted as private never came, and the daemon has nothing for it: see [`Self::restore`].
     /// `None`: the mapping is being changed, and who does that wakes everybody.
     pub(crate) fn try_is_behind(&self, file_page: u64) -> Option<bool> {
-        if self.kind == MapKind::Shared {
+        if self.form != Form::Own {
             return Some(false);
         }
         let ops = self.try_ops()?;
@@ -57,11 +65,11 @@ impl Mapped {
             error,
         });
         // What is mapped by now is not refused, and a window is never cut.
-        if ops.refused || ops.windows.holds(at / PAGE_SIZE) {
+        if ops.refused || ops.windows.holds(at / PAGE_SIZE) || ops.moved.get(at / PAGE_SIZE) {
             return Change::Done;
         }
-        // A private mapping's pages are armed, and an armed page cannot be poisoned.
-        if self.kind == MapKind::Shared && uffd.can_poison() {
+        // An armed page cannot be poisoned.
+        if !self.form.is_armed() && uffd.can_poison() {
             match uffd.poison(addr, PAGE_SIZE) {
                 Ok(()) => {
                     ops.refused_pages.insert(at / PAGE_SIZE);
@@ -74,12 +82,12 @@ impl Mapped {
                 Err(_) => {}
             }
         }
-        let (protection, _) = protection(self.kind);
+        let protection = self.form.protection();
         match region.refuse(at, PAGE_SIZE, protection, empty) {
             Ok(()) => {
                 ops.refused_pages.insert(at / PAGE_SIZE);
             }
-            Err(e) => refuse_all(ops, self.kind, empty, &e),
+            Err(e) => self.refuse_all(ops, empty, &e),
         }
         Change::Done
     }

@@ -2,8 +2,9 @@
 
 use crate::file::FileInner;
 use crate::granted::{Brought, Pages};
-use crate::mapped::Mapped;
+use crate::mapped::{Form, Mapped};
 use crate::stamp::Stamp;
+use copage_grants::Access;
 use crossbeam_channel::Sender;
 use std::collections::HashMap;
 use std::ops::Range;
@@ -16,13 +17,23 @@ pub(crate) struct Waiter {
     pub(crate) mapped: Arc<Mapped>,
     /// Counted in the file.
     pub(crate) page: u64,
-    /// It stores: the page becomes private when it is there.
+    /// It stores. Of a mapping with stores of its own: the page becomes private when it is there.
     pub(crate) write: bool,
     /// A caller, not a fault: to be told what came.
     pub(crate) tell: Option<Sender<Brought>>,
 }
 
 impl Waiter {
+    /// What must be asked for. A page that came as a grant for reading is not stored to: there nobody
+    /// notices the first store, so one who may store asks for writing at once.
+    pub(crate) fn access(&self) -> Access {
+        let stores = self.write || self.mapped.is_granted();
+        match self.mapped.form() {
+            Form::Write if stores => Access::ReadWrite,
+            _ => Access::ReadOnly,
+        }
+    }
+
     /// Tells a caller how it went; a fault is woken instead.
     pub(crate) fn answer(&self, brought: Brought) {
         if let Some(tell) = &self.tell {
@@ -46,12 +57,13 @@ pub(crate) struct InFlight {
     pub(crate) stamp: Stamp,
     pub(crate) first: u64,
     pub(crate) count: u32,
+    pub(crate) access: Access,
     pub(crate) waiters: Vec<Waiter>,
     /// Grants: how often its pages could not be mapped.
     pub(crate) tries: u32,
-    /// Grants: a word of ours says that some of its pages are unmapped ([`crate::granted`]).
+    /// Grants, and pages for writing: a word of ours says that some of its pages are unmapped ([`crate::granted`]).
     pub(crate) spoiled: Arc<AtomicBool>,
-    /// Grants: the answer is with the worker, which maps this many pages in these mappings.
+    /// The answer is with the worker, which maps this many pages in these mappings.
     pub(crate) mapping: Option<(u32, Vec<Arc<Mapped>>)>,
 }
 
@@ -68,6 +80,7 @@ impl InFlight {
             stamp,
             first,
             count,
+            access: waiter.access(),
             waiters: vec![waiter],
             tries: 0,
             spoiled: Arc::default(),
@@ -104,7 +117,11 @@ impl Faults {
     /// Lets `waiter` wait for a request that is under way. `false`: none brings its page.
     pub(crate) fn join(&mut self, waiter: &Waiter) -> bool {
         for flight in self.by_number.values_mut() {
-            if flight.is_of(waiter) && (flight.first..flight.end()).contains(&waiter.page) {
+            let serves = flight.access == waiter.access() || flight.access == Access::ReadWrite;
+            if serves
+                && flight.is_of(waiter)
+                && (flight.first..flight.end()).contains(&waiter.page)
+            {
                 if !flight.waiters.iter().any(|w| w.same(waiter)) {
                     flight.waiters.push(waiter.clone());
                 }

@@ -9,8 +9,7 @@ use crate::error::MmapError;
 use crate::file::FileInner;
 use crate::granted::{Brought, Cover, MapJob, MapOutcome, Pages};
 use crate::limits::MAP_TRIES_MAX;
-use crate::mapped::Mapped;
-use crate::mapping::MapKind;
+use crate::mapped::{Form, Mapped};
 use copage_coherence::msg::{FaultHint, PageRange, Request};
 use copage_grants::{DomId, PageIndex};
 use std::ops::Range;
@@ -30,8 +29,9 @@ impl Pager {
                     mapped,
                     page,
                     end,
+                    write,
                     tell,
-                } => self.want_for_caller(mapped, page..end, tell),
+                } => self.want_for_caller(mapped, page..end, write, tell),
                 Told::Mapped { number, outcome } => self.mapped(number, outcome),
                 Told::TakenBack {
                     file,
@@ -43,15 +43,16 @@ impl Pager {
                     if let Some(recall) = recall {
                         recall.ack();
                     }
+                    self.given_back(&file, &pages);
                 }
-                Told::GivenBack { file, pages } => self.given_back.push((file, pages)),
+                Told::GivenBack { file, pages } => self.unsaid.push((file, pages)),
             }
         }
     }
 
     /// Says what was given back, but for what is on its way: that is said when it has come.
     pub(super) fn say_given_back(&mut self) {
-        for (file, pages) in std::mem::take(&mut self.given_back) {
+        for (file, pages) in std::mem::take(&mut self.unsaid) {
             let mut at = pages.first;
             let keep = |from: u64, until: u64, kept: &mut Vec<_>| {
                 if from < until {
@@ -64,17 +65,21 @@ impl Pager {
                 }
             };
             let mut kept = Vec::new();
+            if !file.granted() {
+                self.say_moved_home(&file, &pages);
+                continue;
+            }
             for part in self.faults.quiet_parts(&pages) {
                 keep(at, part.start, &mut kept);
                 at = part.end;
                 self.say_unmapped(&file, &pages, part);
             }
             keep(at, pages.end(), &mut kept);
-            self.given_back.append(&mut kept);
+            self.unsaid.append(&mut kept);
         }
     }
 
-    fn say_unmapped(&self, file: &Arc<FileInner>, pages: &Pages, part: Range<u64>) {
+    pub(super) fn say_unmapped(&self, file: &Arc<FileInner>, pages: &Pages, part: Range<u64>) {
         let count = part.end - part.start;
         crate::rebase::unmapped(&self.shared, file, pages.stamp, part.start, count);
     }
@@ -82,7 +87,7 @@ impl Pager {
     /// A fault, or a caller, wants a page for which nothing is on its way.
     pub(super) fn want_granted(&mut self, waiter: Waiter) {
         let file_bytes = waiter.mapped.file().content.lock().bytes;
-        let window = waiter.mapped.window(waiter.page, file_bytes);
+        let window = waiter.mapped.window(waiter.page, file_bytes, waiter.access());
         let within = window.first..window.first + u64::from(window.count);
         self.want_within(waiter, within, window.hint);
     }
@@ -91,25 +96,34 @@ impl Pager {
         &mut self,
         mapped: Arc<Mapped>,
         pages: Range<u64>,
+        write: bool,
         tell: crossbeam_channel::Sender<Brought>,
     ) {
         let waiter = Waiter {
             mapped,
             page: pages.start,
-            write: false,
+            write,
             tell: Some(tell),
         };
-        if waiter.mapped.file().rebases.load(Ordering::SeqCst) > 0 {
+        let rebased = waiter.mapped.file().rebases.load(Ordering::SeqCst) > 0;
+        if rebased || self.is_recalled(&waiter) {
             return self.after_rebase(waiter);
         }
-        if !self.faults.join(&waiter) {
+        if self.faults.join(&waiter) {
+            return;
+        }
+        if waiter.mapped.is_granted() {
             self.want_within(waiter, pages, FaultHint::Populate);
+        } else {
+            let count = self.faults.clip(&waiter, (pages.end - pages.start) as u32);
+            let pages = pages.start..pages.start + u64::from(count);
+            self.ask(waiter, pages, FaultHint::Populate, 0);
         }
     }
 
-    /// A caller came while a rebase is on its way: it is told to look again when that is done, by way
-    /// of the worker's queue.
-    fn after_rebase(&mut self, waiter: Waiter) {
+    /// Somebody came while a rebase or a recall is on its way: a caller is told to look again when that is
+    /// done, by way of the worker's queue; faults are woken then.
+    pub(super) fn after_rebase(&mut self, waiter: Waiter) {
         if let Some(tell) = waiter.tell {
             let _ = self.shared.jobs.send(Job::Again(tell));
         }
@@ -204,12 +218,14 @@ impl Pager {
                     if waiter.page >= end {
                         // The answer was cut before it, and would be again.
                         let rest = waiter.page..asked_end;
-                        if !self.faults.join(&waiter) {
+                        if !waiter.mapped.is_granted() || self.is_recalled(&waiter) {
+                            self.want(waiter);
+                        } else if !self.faults.join(&waiter) {
                             self.want_within(waiter, rest, FaultHint::Random);
                         }
                         continue;
                     }
-                    if waiter.write && waiter.mapped.kind() == MapKind::Private {
+                    if waiter.write && waiter.mapped.form() == Form::Own {
                         // Missed or not: it is woken, and faults again if need be.
                         let _ = waiter.mapped.store(uffd, waiter.page);
                     }
@@ -236,6 +252,12 @@ impl Pager {
 
     /// Sends a request once more, for the same pages.
     fn ask_again(&mut self, mut flight: InFlight) {
+        if flight.waiters.iter().any(|waiter| self.is_recalled(waiter)) {
+            for waiter in flight.waiters {
+                self.want(waiter);
+            }
+            return;
+        }
         let now = self.session.number();
         // It was asked in this session: a later one forgot it.
         let (Some(generation), Some(file)) = (flight.stamp.within(now), flight.file.token_in(now))
@@ -254,7 +276,7 @@ impl Pager {
                 generation,
                 range,
                 hint: FaultHint::Random,
-                access: copage_grants::Access::ReadOnly,
+                access: flight.access,
             },
         );
         flight.spoiled = Arc::default();

@@ -107,13 +107,8 @@ impl Pager {
                 let recall = recall(asked);
                 match self.shared.file(number, file) {
                     Some(file) => {
-                        let job = Job::Invalidate {
-                            file,
-                            stamp: Stamp::new(number, generation),
-                            range,
-                            recall,
-                        };
-                        let _ = self.shared.jobs.send(job);
+                        let stamp = Stamp::new(number, generation);
+                        self.give_back(file, stamp, range, Some(recall));
                     }
                     // Closed meanwhile: nothing is mapped.
                     None => recall.ack(),
@@ -135,8 +130,14 @@ impl Pager {
                     None => recall.ack(),
                 }
             }
-            // Of files that can be written, which this library does not open yet.
-            Notice::Resized { .. } => {}
+            Notice::Resized { file, bytes } => {
+                if let Some(file) = self.shared.file(number, file) {
+                    // Known from here on; what was refused behind the old end is not any more when the
+                    // worker gets to it.
+                    file.content.lock().bytes = bytes;
+                    let _ = self.shared.jobs.send(Job::Resized(file));
+                }
+            }
             Notice::Fenced { reason } => self.lose(LostWhy::Fenced(reason)),
             Notice::Goodbye => self.lose(LostWhy::Stopped),
         }

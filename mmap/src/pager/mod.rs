@@ -7,6 +7,8 @@ mod absence;
 mod faults;
 mod granted;
 mod messages;
+mod moved;
+mod recalls;
 mod service;
 pub(crate) mod space;
 pub(crate) mod told;
@@ -23,6 +25,7 @@ use absence::Absence;
 use copage_coherence::msg::{MESSAGE_BYTES_MAX, Request};
 use crossbeam_channel::Receiver;
 use faults::Faults;
+use recalls::Recalls;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::time::{ClockId, clock_gettime};
 use std::os::fd::AsFd;
@@ -105,7 +108,8 @@ pub(crate) struct Pager {
     /// What other threads have to say.
     told: Receiver<Told>,
     /// What was given back and was not said yet: it is on its way again.
-    given_back: Vec<(Arc<FileInner>, Pages)>,
+    unsaid: Vec<(Arc<FileInner>, Pages)>,
+    recalls: Recalls,
     finished: Arc<AtomicBool>,
 }
 
@@ -130,7 +134,8 @@ impl Pager {
             inbound: vec![0; MESSAGE_BYTES_MAX],
             outgoing: Vec::new(),
             told,
-            given_back: Vec::new(),
+            unsaid: Vec::new(),
+            recalls: Recalls::default(),
             finished,
         }
     }
@@ -298,7 +303,8 @@ impl Pager {
     /// Nothing that is under way comes to an end.
     fn forget_requests(&mut self) {
         self.faults.clear();
-        self.given_back.clear();
+        self.unsaid.clear();
+        self.recalls.clear();
         self.lease.asked = None;
     }
 }

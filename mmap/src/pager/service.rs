@@ -7,8 +7,7 @@ use crate::error::{LostWhy, MmapError};
 use crate::file::{Content, FileInner};
 use crate::granted::Brought;
 use crate::limits::EVENTS_MAX;
-use crate::mapped::{Change, Mapped};
-use crate::mapping::MapKind;
+use crate::mapped::{Change, Form, Mapped};
 use crate::session::{Answer, Recall};
 use crate::stamp::Stamp;
 use crate::uffd::{FaultEvent, UffdMsg};
@@ -56,7 +55,7 @@ impl Pager {
         }
         let within = (fault.address - mapped.addr()) / PAGE_SIZE;
         let page = mapped.first_page() + within as u64;
-        if fault.protected {
+        if fault.protected && mapped.form() == Form::Own {
             if mapped.store(uffd, page) == Change::Done {
                 mapped.wake(uffd, page, 1);
             }
@@ -64,6 +63,9 @@ impl Pager {
         }
         if self.phase != Phase::Live {
             // Whoever waits is woken when a session serves.
+            return;
+        }
+        if mapped.file().coherent() && !mapped.is_granted() && self.is_settled(&mapped, page, &fault) {
             return;
         }
         match mapped.try_is_behind(page) {
@@ -75,7 +77,7 @@ impl Pager {
             // Whoever changes the mapping just now wakes it.
             None => return,
         }
-        let write = fault.write && mapped.kind() == MapKind::Private;
+        let write = (fault.write || fault.protected) && mapped.form() != Form::Read;
         self.want(Waiter {
             mapped,
             page,
@@ -124,6 +126,9 @@ impl Pager {
 
     /// Asks for a page, unless it is on its way.
     pub(super) fn want(&mut self, waiter: Waiter) {
+        if self.is_recalled(&waiter) {
+            return self.after_rebase(waiter);
+        }
         if self.faults.join(&waiter) {
             return;
         }
@@ -132,7 +137,7 @@ impl Pager {
             return;
         }
         let bytes = waiter.mapped.file().content.lock().bytes;
-        let window = waiter.mapped.window(waiter.page, bytes);
+        let window = waiter.mapped.window(waiter.page, bytes, waiter.access());
         let count = self.faults.clip(&waiter, window.count);
         let pages = waiter.page..waiter.page + u64::from(count);
         self.ask(waiter, pages, window.hint, 0);
@@ -167,7 +172,7 @@ impl Pager {
                 generation,
                 range,
                 hint,
-                access: copage_grants::Access::ReadOnly,
+                access: waiter.access(),
             },
         );
         let mut flight = InFlight::new(file, stamp, (first, count), waiter);
@@ -191,6 +196,14 @@ impl Pager {
                 ..
             }) if flight.file.granted() => {
                 self.granted_refs(number, flight, range, granter, refs);
+            }
+            Ok(Reply::Granted {
+                range,
+                access,
+                place,
+                ..
+            }) if flight.file.coherent() => {
+                self.granted_at(number, flight, range, (access, place));
             }
             Ok(Reply::Granted { range, .. }) => self.granted(flight, range),
             Ok(Reply::Stale {
@@ -217,7 +230,7 @@ impl Pager {
         }
     }
 
-    fn granted(&mut self, flight: InFlight, range: PageRange) {
+    pub(super) fn granted(&mut self, flight: InFlight, range: PageRange) {
         let shared = Arc::clone(&self.shared);
         let Ok(uffd) = &shared.uffd else { return };
         let first = range.first.0;
@@ -231,7 +244,8 @@ impl Pager {
             .waiters
             .into_iter()
             .partition(|w| granted.contains(&w.page));
-        for waiter in here.iter().filter(|w| w.write) {
+        let own = |w: &&Waiter| w.write && w.mapped.form() == Form::Own;
+        for waiter in here.iter().filter(own) {
             // Missed or not: it is woken below, and faults again if need be.
             let _ = waiter.mapped.store(uffd, waiter.page);
         }
@@ -243,6 +257,7 @@ impl Pager {
             {
                 waiter.mapped.wake(uffd, first, range.count);
             }
+            waiter.answer(Brought::Until(granted.end));
         }
         for waiter in rest {
             self.want(waiter);
@@ -295,6 +310,11 @@ impl Pager {
             version,
             bytes,
             home: fd.filter(|_| !file.granted()).map(Arc::new),
+            site: None,
+        };
+        let content = match file.with_site(&self.shared, content) {
+            Ok(content) => content,
+            Err(error) => return self.lose(LostWhy::Protocol(error.to_string())),
         };
         file.rebases.fetch_add(1, Ordering::SeqCst);
         let _ = self.shared.jobs.send(Job::Rebase {

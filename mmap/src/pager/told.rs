@@ -15,6 +15,8 @@ pub(crate) enum Told {
         mapped: Arc<Mapped>,
         page: u64,
         end: u64,
+        /// To store to them.
+        write: bool,
         tell: Sender<Brought>,
     },
     /// A batch that the pager handed to the worker is done with.

@@ -1,12 +1,12 @@
 //! What the pager must not do itself, because moving pages waits for the pager: a thread that does
 //! nothing until a file changes, pages are taken back, or the session is lost.
 
+use super::moved::MoveJob;
 use super::told::Told;
 use crate::error::{LostWhy, MmapError, Result};
 use crate::file::{Content, FileInner};
-use crate::granted::{Brought, MapJob, Pages};
-use crate::mapped::Mapped;
-use crate::mapping::MapKind;
+use crate::granted::{Brought, MapJob, MapOutcome, Pages};
+use crate::mapped::{Form, Mapped};
 use crate::quiet::Quiet;
 use crate::rebase::{hollow, rebase, unmapped};
 use crate::session::Recall;
@@ -15,6 +15,7 @@ use crate::stamp::{SessionNo, Stamp};
 use copage_coherence::msg::PageRange;
 use copage_grants::{PAGE_SIZE, PageIndex};
 use crossbeam_channel::{Receiver, Sender};
+use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -41,10 +42,14 @@ pub(crate) enum Job {
         file: Arc<FileInner>,
         stamp: Stamp,
         range: PageRange,
-        recall: Recall,
+        recall: Option<Recall>,
     },
     /// Map a batch of grants.
     Map(MapJob),
+    /// Map pages for writing.
+    Move(MoveJob),
+    /// Its length is another: pages that were behind its end may be there now.
+    Resized(Arc<FileInner>),
     /// Tell a caller to look again: what was before it is done.
     Again(Sender<Brought>),
     /// Put what was read in place of a missing private page.
@@ -124,18 +129,20 @@ fn work(shared: &Shared, job: Job) {
                 first: range.first.0,
                 count: range.count.into(),
             };
-            if file.granted() {
+            if file.is_counted() {
                 take_back(shared, &file, pages, recall);
                 return;
             }
             invalidate(shared, &file, stamp, range);
             unmapped(shared, &file, stamp, pages.first, pages.count);
-            recall.ack();
+            if let Some(recall) = recall {
+                recall.ack();
+            }
         }
         Job::Map(job) => {
             let outcome = crate::granted::map(shared, &job);
             let (number, pages) = (job.number, job.pages);
-            let mut copies = job.mappings.iter().filter(|m| m.kind() == MapKind::Private);
+            let mut copies = job.mappings.iter().filter(|m| m.form() == Form::Own);
             let copied = copies.next().map(|mapped| Arc::clone(mapped.file()));
             // What it held goes first: a mapping may have ended meanwhile.
             drop(job);
@@ -144,6 +151,18 @@ fn work(shared: &Shared, job: Job) {
             // mapped stays so: the daemon looks at the table.
             if let Some(file) = copied {
                 shared.tell(Told::GivenBack { file, pages });
+            }
+        }
+        Job::Move(job) => {
+            let outcome = move_in(shared, &job);
+            let number = job.number;
+            drop(job);
+            shared.tell(Told::Mapped { number, outcome });
+        }
+        Job::Resized(file) => {
+            let mappings = shared.space.lock().of_file(&file);
+            for mapped in mappings {
+                mapped.renew_refused(shared);
             }
         }
         Job::Again(tell) => {
@@ -182,7 +201,7 @@ fn do_rebase(shared: &Shared, file: &Arc<FileInner>, content: Content, recall: O
     file.rebases.fetch_sub(1, Ordering::SeqCst);
     wake_file(shared, file);
     if let Some(recall) = recall {
-        if file.granted() {
+        if file.is_counted() {
             // Behind the word that the older content is unmapped, which the pager says.
             let pages = Pages {
                 stamp,
@@ -203,7 +222,7 @@ fn do_rebase(shared: &Shared, file: &Arc<FileInner>, content: Content, recall: O
 }
 
 /// Takes granted pages back, then has the pager say so.
-fn take_back(shared: &Shared, file: &Arc<FileInner>, pages: Pages, recall: Recall) {
+fn take_back(shared: &Shared, file: &Arc<FileInner>, pages: Pages, recall: Option<Recall>) {
     let range = PageRange {
         first: PageIndex(pages.first),
         // It came as one.
@@ -212,7 +231,7 @@ fn take_back(shared: &Shared, file: &Arc<FileInner>, pages: Pages, recall: Recal
     let told = Told::TakenBack {
         file: Arc::clone(file),
         pages,
-        recall: Some(recall),
+        recall,
     };
     #[cfg(test)]
     if let Ok(granted) = shared.granted()
@@ -226,12 +245,48 @@ fn take_back(shared: &Shared, file: &Arc<FileInner>, pages: Pages, recall: Recal
     shared.tell(told);
 }
 
+/// Maps pages for writing wherever they are waited for.
+fn move_in(shared: &Shared, job: &MoveJob) -> MapOutcome {
+    let Some(token) = job.file.token_in(job.session.number()) else {
+        return MapOutcome::Spoiled;
+    };
+    let site = job.file.content.lock().site.clone();
+    let Some(site) = site else {
+        return MapOutcome::Spoiled;
+    };
+    let from = match site.source(&job.session, token, job.place) {
+        Ok(Some(from)) => from,
+        // The session ended, or the file of all writers was replaced.
+        Ok(None) | Err(MmapError::Lost(_)) => return MapOutcome::Spoiled,
+        Err(error) => return MapOutcome::Failed(error),
+    };
+    for mapped in &job.mappings {
+        if job.crowded {
+            mapped.give_home(shared);
+        }
+        let still = || !job.spoiled.load(Ordering::SeqCst) && job.session.has_lease();
+        match mapped.move_in(shared, &job.pages, from.as_fd(), still) {
+            Ok(true) => {}
+            Ok(false) => return MapOutcome::Spoiled,
+            Err(error) => return MapOutcome::Failed(error),
+        }
+    }
+    MapOutcome::Done
+}
+
+/// Unmaps pages in every mapping of the file, of every open of it.
 fn invalidate(shared: &Shared, file: &Arc<FileInner>, stamp: Stamp, range: PageRange) {
-    let mappings = shared.space.lock().of_file(file);
+    let site = file.content.lock().site.clone();
+    let mappings = match &site {
+        Some(site) => shared.space.lock().of_site(site),
+        None => shared.space.lock().of_file(file),
+    };
     for mapped in mappings.iter().filter(|m| m.stamp() == stamp) {
-        if let Some((first, end)) = mapped.clip(range.first.0, range.count)
-            && let Err(e) = mapped.discard(shared, first, end)
-        {
+        let Some((first, end)) = mapped.clip(range.first.0, range.count) else {
+            continue;
+        };
+        mapped.take_home(shared, first, end);
+        if let Err(e) = mapped.discard(shared, first, end) {
             // The daemon takes them by force, or fences: its table is the truth.
             tracing::warn!(error = %e, "pages could not be unmapped");
         }

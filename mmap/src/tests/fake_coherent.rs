@@ -1,0 +1,296 @@
+//! A `coherent` file of the fake daemon: its disk, its home, and this guest's arena. Other guests are what a
+//! test does by itself.
+
+use super::fake_files::{Home, Said, State, word};
+use copage_coherence::msg::{
+    Generation, GrantedPlace, PageRange, Reply, Request,
+};
+use copage_grants::{Access, DomId, PAGE_SIZE, PageIndex, Version, pages_for};
+use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate, memfd_create};
+use std::collections::{BTreeMap, HashSet};
+use std::os::fd::OwnedFd;
+
+/// See the module.
+pub(super) struct Coherent {
+    /// What the disk holds.
+    pub(super) disk: Vec<u8>,
+    /// Pages that the guest writes, and where.
+    pub(super) held: BTreeMap<u64, GrantedPlace>,
+    arena: OwnedFd,
+    common: OwnedFd,
+    serial: u32,
+    /// Grant pages for writing in the common file.
+    pub(super) share: bool,
+    /// Refuse to grant these for writing: there is no space.
+    pub(super) full: HashSet<u64>,
+    pub(super) syncs: u32,
+    /// How often the guest was told a place of pages that it had already.
+    pub(super) again: u32,
+}
+
+fn file(bytes: u64) -> OwnedFd {
+    let file = memfd_create(c"arena", MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&file, bytes).unwrap();
+    file
+}
+
+fn punch(file: &OwnedFd, page: u64) {
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    fallocate(file, flags, page * PAGE_SIZE as u64, PAGE_SIZE as u64).unwrap();
+}
+
+impl Coherent {
+    /// Page by page as the fake's other files begin.
+    pub(super) fn new(bytes: u64) -> Self {
+        let pages = pages_for(bytes);
+        let mut disk: Vec<u8> = (0..pages)
+            .flat_map(|page| word(1, page).to_le_bytes().repeat(PAGE_SIZE / 8))
+            .collect();
+        disk.truncate(bytes as usize);
+        Self {
+            disk,
+            held: BTreeMap::new(),
+            arena: file(bytes),
+            common: file(bytes),
+            serial: 1,
+            share: false,
+            full: HashSet::new(),
+            syncs: 0,
+            again: 0,
+        }
+    }
+
+    /// Another daemon: what was in arenas is gone.
+    pub(super) fn restart(&mut self) {
+        self.held.clear();
+        let bytes = self.disk.len() as u64;
+        (self.arena, self.common) = (file(bytes), file(bytes));
+    }
+
+    /// The common file is another one from now on.
+    pub(super) fn renew_common(&mut self) {
+        assert!(!self.held.values().any(|at| *at != GrantedPlace::Arena));
+        self.serial += 1;
+        self.common = file(self.disk.len() as u64);
+    }
+
+    fn source(&self, place: GrantedPlace) -> &OwnedFd {
+        match place {
+            GrantedPlace::Arena => &self.arena,
+            _ => &self.common,
+        }
+    }
+
+    fn page(&self, page: u64) -> [u8; PAGE_SIZE] {
+        let mut bytes = [0; PAGE_SIZE];
+        let at = page as usize * PAGE_SIZE;
+        let end = self.disk.len().min(at + PAGE_SIZE);
+        bytes[..end - at].copy_from_slice(&self.disk[at..end]);
+        bytes
+    }
+
+    fn put(&mut self, page: u64, bytes: &[u8; PAGE_SIZE]) {
+        let at = page as usize * PAGE_SIZE;
+        let end = self.disk.len().min(at + PAGE_SIZE);
+        self.disk[at..end].copy_from_slice(&bytes[..end - at]);
+    }
+
+    /// Takes a page back that the guest has: it is said to be unmapped.
+    fn take(&mut self, page: u64) {
+        if let Some(place) = self.held.remove(&page) {
+            let mut bytes = [0; PAGE_SIZE];
+            let source = self.source(place);
+            rustix::io::pread(source, &mut bytes[..], page * PAGE_SIZE as u64).unwrap();
+            punch(source, page);
+            self.put(page, &bytes);
+        }
+    }
+
+    /// What the file holds by now, the guest's stores included.
+    pub(super) fn now(&self) -> Vec<u8> {
+        let mut now = self.disk.clone();
+        for (page, place) in &self.held {
+            let at = *page as usize * PAGE_SIZE;
+            let end = now.len().min(at + PAGE_SIZE);
+            let source = self.source(*place);
+            rustix::io::pread(source, &mut now[at..end], at as u64).unwrap();
+        }
+        now
+    }
+}
+
+impl State {
+    fn coherent(&mut self) -> &mut Coherent {
+        self.coherent.as_mut().expect("a coherent file")
+    }
+
+    /// As another guest: changes a page that this one does not write. Its readers lose it first.
+    pub(super) fn change_page(&mut self, page: u64, change: impl FnOnce(&mut [u8; PAGE_SIZE])) {
+        self.homes[&self.newest].punch(page, 1);
+        let coherent = self.coherent();
+        assert!(!coherent.held.contains_key(&page));
+        let mut bytes = coherent.page(page);
+        change(&mut bytes);
+        coherent.put(page, &bytes);
+    }
+
+    /// Takes a page that this guest writes by force.
+    pub(super) fn tear_out(&mut self, page: u64) {
+        self.coherent().take(page);
+    }
+
+    /// Gives the file another length.
+    pub(super) fn resize(&mut self, bytes: u64) {
+        let (newest, backend) = (self.newest, self.homes[&self.newest].backend());
+        // As the real one does, in place: the home keeps its number.
+        self.homes.get_mut(&newest).unwrap().resize(bytes);
+        drop(backend);
+        let coherent = self.coherent();
+        coherent.disk.resize(bytes as usize, 0);
+        ftruncate(&coherent.arena, bytes).unwrap();
+        ftruncate(&coherent.common, bytes).unwrap();
+    }
+
+    fn grant(&mut self, range: PageRange, generation: Generation, access: Access) -> Said {
+        let error = |errno, text: &'static [u8]| Some((Reply::Error { errno, text }, None));
+        let (first, pages) = (range.first.0, pages_for(self.coherent().disk.len() as u64));
+        let end = (first + u64::from(range.count.min(self.grant_max))).min(pages);
+        if first >= end {
+            return error(libc::EINVAL, b"past the end of the file");
+        }
+        let coherent = self.coherent();
+        if access == Access::ReadWrite && (first..end).any(|page| coherent.full.contains(&page)) {
+            return error(libc::ENOSPC, b"no space");
+        }
+        let place = match (coherent.held.get(&first), access, coherent.share) {
+            (Some(place), _, _) => *place,
+            (None, Access::ReadOnly, _) => GrantedPlace::Home,
+            (None, Access::ReadWrite, false) => GrantedPlace::Arena,
+            (None, Access::ReadWrite, true) => GrantedPlace::Common {
+                serial: coherent.serial,
+            },
+        };
+        let mut page = first;
+        while page < end {
+            let coherent = self.coherent.as_mut().unwrap();
+            match (coherent.held.get(&page), place) {
+                (Some(at), place) if *at == place => coherent.again += 1,
+                (Some(_), _) => break,
+                (None, GrantedPlace::Home) => {
+                    let bytes = coherent.page(page);
+                    self.homes[&self.newest].put(page, &bytes);
+                }
+                // For reading, behind one that it has for writing.
+                (None, _) if access == Access::ReadOnly => break,
+                (None, place) => {
+                    let bytes = coherent.page(page);
+                    let wrote =
+                        rustix::io::pwrite(coherent.source(place), &bytes, page * PAGE_SIZE as u64);
+                    assert!(wrote.is_ok());
+                    coherent.held.insert(page, place);
+                    self.homes[&self.newest].punch(page, 1);
+                }
+            }
+            page += 1;
+        }
+        let access = match place {
+            GrantedPlace::Home => Access::ReadOnly,
+            _ => Access::ReadWrite,
+        };
+        let granted = Reply::Granted {
+            generation,
+            range: PageRange {
+                first: PageIndex(first),
+                count: (page - first) as u32,
+            },
+            granter: DomId(0),
+            refs: &[],
+            access,
+            place,
+            version: Version(1),
+        };
+        Some((granted, None))
+    }
+
+    /// The answer to what is different of a `coherent` file; `None`: nothing is.
+    pub(super) fn handle_coherent(&mut self, request: &Request<'_>) -> Option<Said> {
+        self.coherent.as_ref()?;
+        let plain = |reply| Some(Some((reply, None)));
+        match *request {
+            Request::Fault {
+                generation,
+                range,
+                access,
+                ..
+            } if generation.0 == self.newest && !self.stuck => {
+                let first = range.first.0;
+                if (first..first + u64::from(range.count)).any(|page| self.bad.contains(&page)) {
+                    return None;
+                }
+                Some(self.grant(range, generation, access))
+            }
+            Request::Unmapped { range, .. } => {
+                for page in range.first.0..range.first.0 + u64::from(range.count) {
+                    let coherent = self.coherent();
+                    coherent.take(page);
+                    if page >= pages_for(coherent.disk.len() as u64) {
+                        break;
+                    }
+                }
+                None
+            }
+            Request::Read { offset, len, .. } => {
+                let now = self.coherent().now();
+                let from = now.len().min(offset as usize);
+                let end = now.len().min(offset as usize + len as usize);
+                let data = now[from..end].to_vec();
+                plain(Reply::Bytes { data: data.leak() })
+            }
+            Request::Write { offset, data, .. } => {
+                let (from, end) = (offset as usize, offset as usize + data.len());
+                if end > self.coherent().disk.len() {
+                    self.resize(end as u64);
+                }
+                for (at, byte) in (from..end).zip(data) {
+                    let page = (at / PAGE_SIZE) as u64;
+                    match self.coherent().held.get(&page).copied() {
+                        Some(place) => {
+                            let source = self.coherent().source(place);
+                            rustix::io::pwrite(source, &[*byte], at as u64).unwrap();
+                        }
+                        None => self.change_page(page, |bytes| bytes[at % PAGE_SIZE] = *byte),
+                    }
+                }
+                plain(Reply::Wrote {
+                    count: data.len() as u32,
+                    bytes: self.coherent().disk.len() as u64,
+                })
+            }
+            Request::Truncate { bytes, .. } => {
+                self.resize(bytes);
+                plain(Reply::Done)
+            }
+            Request::Sync { .. } => {
+                self.coherent().syncs += 1;
+                plain(Reply::Done)
+            }
+            Request::Arena { common, .. } => {
+                let coherent = self.coherent();
+                let (serial, file) = match common {
+                    true => (coherent.serial, &coherent.common),
+                    false => (0, &coherent.arena),
+                };
+                let file = file.try_clone().unwrap();
+                Some(Some((Reply::Arena { serial }, Some(file))))
+            }
+            _ => None,
+        }
+    }
+}
+
+impl Home {
+    /// Puts one page there.
+    fn put(&self, page: u64, bytes: &[u8; PAGE_SIZE]) {
+        self.store(page, bytes);
+    }
+}
