@@ -104,7 +104,12 @@ fn site_of(
 ) -> Result<Content> {
     let session = content.stamp.session();
     let site = match mappable {
-        true => Some(shared.sites.lock().of(content.home.as_deref(), session, identity)?),
+        true => Some(
+            shared
+                .sites
+                .lock()
+                .of(content.home.as_deref(), session, identity)?,
+        ),
         false => None,
     };
     Ok(Content { site, ..content })
@@ -134,7 +139,12 @@ impl FileInner {
 
     /// A content as it comes from the daemon of a session, with its site.
     pub(crate) fn with_site(&self, shared: &Shared, content: Content) -> Result<Content> {
-        site_of(shared, content, self.identity, self.coherent && self.how == OpenHow::Map)
+        site_of(
+            shared,
+            content,
+            self.identity,
+            self.coherent && self.how == OpenHow::Map,
+        )
     }
 
     /// It has another content from now on.
@@ -150,7 +160,10 @@ impl FileInner {
     /// Is this its site?
     pub(crate) fn is_at(&self, site: &Arc<Site>) -> bool {
         let content = self.content.lock();
-        content.site.as_ref().is_some_and(|own| Arc::ptr_eq(own, site))
+        content
+            .site
+            .as_ref()
+            .is_some_and(|own| Arc::ptr_eq(own, site))
     }
 
     /// Were stores lost since this was asked?

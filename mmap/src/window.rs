@@ -221,7 +221,11 @@ mod tests {
         let mut windows = Windows::new(1, WINDOW_PAGES_MAX);
         windows.choose(0, 3);
         assert_eq!(windows.choose(1, 3).count, 2);
-        assert_eq!(Windows::new(1, WINDOW_PAGES_MAX).choose(7, 7).count, 1, "never nothing");
+        assert_eq!(
+            Windows::new(1, WINDOW_PAGES_MAX).choose(7, 7).count,
+            1,
+            "never nothing"
+        );
         let mut last = Windows::new(1, WINDOW_PAGES_MAX);
         last.choose(u64::MAX / 4096 - 1, u64::MAX / 4096 + 1);
         assert_eq!(last.choose(u64::MAX / 4096, u64::MAX / 4096 + 1).count, 1);

@@ -194,12 +194,7 @@ impl Device for Gntdev {
         if read_implies_exec() {
             return Err(io::Error::from_raw_os_error(libc::EACCES));
         }
-        Region::shared(
-            self.fd.as_fd(),
-            index,
-            pages * PAGE_SIZE,
-            Protection::Read,
-        )
+        Region::shared(self.fd.as_fd(), index, pages * PAGE_SIZE, Protection::Read)
     }
 
     fn map_over(&self, index: u64, pages: usize, region: &Region, at: usize) -> io::Result<()> {

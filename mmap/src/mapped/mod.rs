@@ -16,9 +16,7 @@ use crate::bitmap::Bitmap;
 use crate::error::{MmapError, Result};
 use crate::file::{Content, FileInner};
 use crate::granted::Windows as GrantedWindows;
-use crate::limits::{
-    GRANTED_PAGES_FIRST, LOAD_PAGES_MAX, STORE_PAGES_MAX, WINDOW_PAGES_MAX,
-};
+use crate::limits::{GRANTED_PAGES_FIRST, LOAD_PAGES_MAX, STORE_PAGES_MAX, WINDOW_PAGES_MAX};
 use crate::mapping::PageError;
 use crate::quiet::{Leaf, LeafGuard};
 use crate::shared::Shared;

@@ -19,7 +19,13 @@ use std::sync::Arc;
 
 /// Pages of an arena where nobody sees them yet: a hole is a fault, and so is a store that is to be
 /// the mapping's own.
-fn piece(uffd: &Uffd, from: BorrowedFd<'_>, offset: u64, bytes: usize, form: Form) -> Result<Region> {
+fn piece(
+    uffd: &Uffd,
+    from: BorrowedFd<'_>,
+    offset: u64,
+    bytes: usize,
+    form: Form,
+) -> Result<Region> {
     let mapped = match form {
         Form::Write => Region::shared(from, offset, bytes, Protection::ReadWrite),
         Form::Read | Form::Own => Region::map(from, offset, bytes, form.protection(), PAGE_SIZE),

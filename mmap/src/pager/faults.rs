@@ -118,9 +118,7 @@ impl Faults {
     pub(crate) fn join(&mut self, waiter: &Waiter) -> bool {
         for flight in self.by_number.values_mut() {
             let serves = flight.access == waiter.access() || flight.access == Access::ReadWrite;
-            if serves
-                && flight.is_of(waiter)
-                && (flight.first..flight.end()).contains(&waiter.page)
+            if serves && flight.is_of(waiter) && (flight.first..flight.end()).contains(&waiter.page)
             {
                 if !flight.waiters.iter().any(|w| w.same(waiter)) {
                     flight.waiters.push(waiter.clone());

@@ -87,7 +87,9 @@ impl Pager {
     /// A fault, or a caller, wants a page for which nothing is on its way.
     pub(super) fn want_granted(&mut self, waiter: Waiter) {
         let file_bytes = waiter.mapped.file().content.lock().bytes;
-        let window = waiter.mapped.window(waiter.page, file_bytes, waiter.access());
+        let window = waiter
+            .mapped
+            .window(waiter.page, file_bytes, waiter.access());
         let within = window.first..window.first + u64::from(window.count);
         self.want_within(waiter, within, window.hint);
     }
@@ -117,6 +119,7 @@ impl Pager {
         } else {
             let count = self.faults.clip(&waiter, (pages.end - pages.start) as u32);
             let pages = pages.start..pages.start + u64::from(count);
+            let pages = self.unrecalled(&waiter, pages);
             self.ask(waiter, pages, FaultHint::Populate, 0);
         }
     }
@@ -135,6 +138,7 @@ impl Pager {
         match waiter.mapped.try_cover(waiter.page, within) {
             Some(Cover::Free(free)) => {
                 let free = self.faults.clip_around(&waiter, free);
+                let free = self.unrecalled(&waiter, free);
                 self.ask(waiter, free, hint, 0);
             }
             Some(Cover::There) => {
@@ -252,7 +256,9 @@ impl Pager {
 
     /// Sends a request once more, for the same pages.
     fn ask_again(&mut self, mut flight: InFlight) {
-        if flight.waiters.iter().any(|waiter| self.is_recalled(waiter)) {
+        let asked = flight.first..flight.first + u64::from(flight.count);
+        let clipped = |w: &Waiter| self.unrecalled(w, asked.clone()) != asked;
+        if flight.waiters.iter().any(clipped) {
             for waiter in flight.waiters {
                 self.want(waiter);
             }

@@ -14,6 +14,7 @@ use crate::site::Site;
 use crate::stamp::Stamp;
 use copage_coherence::msg::PageRange;
 use copage_grants::PageIndex;
+use std::ops::Range;
 use std::sync::Arc;
 
 struct OnItsWay {
@@ -29,6 +30,18 @@ pub(super) struct Recalls(Vec<OnItsWay>);
 impl Recalls {
     pub(super) fn clear(&mut self) {
         self.0.clear();
+    }
+
+    /// Shortens `pages`, which begin at or before `page`, so that none of them is on its way back.
+    fn clip(&self, site: &Arc<Site>, page: u64, pages: Range<u64>) -> Range<u64> {
+        let of_site = self.0.iter().filter(|r| Arc::ptr_eq(&r.site, site));
+        of_site.fold(pages, |pages, r| {
+            if r.pages.first > page {
+                pages.start..pages.end.min(r.pages.first)
+            } else {
+                pages.start.max(r.pages.end().min(page))..pages.end
+            }
+        })
     }
 
     fn holds(&self, site: &Arc<Site>, page: u64) -> bool {
@@ -87,6 +100,17 @@ impl Pager {
         }
         let site = waiter.mapped.file().content.lock().site.clone();
         site.is_some_and(|site| self.recalls.holds(&site, waiter.page))
+    }
+
+    /// What of `pages` around the one that is waited for may be asked for.
+    pub(super) fn unrecalled(&self, waiter: &Waiter, pages: Range<u64>) -> Range<u64> {
+        if self.recalls.0.is_empty() {
+            return pages;
+        }
+        match waiter.mapped.file().content.lock().site.clone() {
+            Some(site) => self.recalls.clip(&site, waiter.page, pages),
+            None => pages,
+        }
     }
 
     /// The word was said: whoever waits for the pages asks for them again.

@@ -65,7 +65,10 @@ impl Pager {
             // Whoever waits is woken when a session serves.
             return;
         }
-        if mapped.file().coherent() && !mapped.is_granted() && self.is_settled(&mapped, page, &fault) {
+        if mapped.file().coherent()
+            && !mapped.is_granted()
+            && self.is_settled(&mapped, page, &fault)
+        {
             return;
         }
         match mapped.try_is_behind(page) {
@@ -140,6 +143,7 @@ impl Pager {
         let window = waiter.mapped.window(waiter.page, bytes, waiter.access());
         let count = self.faults.clip(&waiter, window.count);
         let pages = waiter.page..waiter.page + u64::from(count);
+        let pages = self.unrecalled(&waiter, pages);
         self.ask(waiter, pages, window.hint, 0);
     }
 
@@ -271,7 +275,9 @@ impl Pager {
         let Ok(uffd) = &shared.uffd else { return };
         for waiter in flight.waiters {
             if flight.count > 1 {
-                if !self.faults.join(&waiter) {
+                if self.is_recalled(&waiter) {
+                    self.after_rebase(waiter);
+                } else if !self.faults.join(&waiter) {
                     self.ask_one(waiter, flight.tries);
                 }
                 continue;

@@ -2,6 +2,7 @@
 //! say where they are from. What it is told to do wrong it does wrong. It can die and begin anew, with
 //! numbers that begin anew too; a number of another session is written down as wrong.
 
+use super::fake_coherent::Coherent;
 use super::fake_files::Home;
 pub(super) use super::fake_files::{Seen, State, word};
 use crate::granted::standin::StandIn;
@@ -37,7 +38,14 @@ impl Fake {
         (fake, standin)
     }
 
-    /// Asks for granted pages of the newest content back.
+    /// A daemon whose file is of a `coherent` export.
+    pub(super) fn start_coherent(bytes: u64) -> Arc<Self> {
+        let fake = Self::start(bytes);
+        fake.state.lock().coherent = Some(Coherent::new(bytes));
+        fake
+    }
+
+    /// Asks for pages of the newest content back.
     pub(super) fn take_back(&self, recall: u64, first: u64, count: u32) {
         let (generation, token) = {
             let mut state = self.state.lock();
@@ -213,6 +221,9 @@ impl Fake {
         if let Some(standin) = &state.standin {
             standin.restart();
         }
+        if let Some(coherent) = &mut state.coherent {
+            coherent.restart();
+        }
         state.down = false;
         state.stuck = false;
         state.content()
@@ -229,6 +240,20 @@ impl Fake {
             old.punch(0, pages_for(old.bytes));
         }
         newest
+    }
+
+    /// Another home for a `coherent` file, as after a fence, if the guest writes none of its pages.
+    pub(super) fn rehome(&self) -> bool {
+        let mut state = self.state.lock();
+        let idle = state.coherent.as_ref().is_some_and(|c| c.held.is_empty());
+        if idle {
+            let (older, newest) = (state.newest, state.newest + 1);
+            let bytes = state.homes[&older].bytes;
+            state.homes[&older].punch(0, pages_for(bytes));
+            state.homes.insert(newest, Home::new(&self.backend, bytes));
+            state.newest = newest;
+        }
+        idle
     }
 
     /// Tells of the newest content.

@@ -1,10 +1,8 @@
 //! A `coherent` file of the fake daemon: its disk, its home, and this guest's arena. Other guests are what a
 //! test does by itself.
 
-use super::fake_files::{Home, Said, State, word};
-use copage_coherence::msg::{
-    Generation, GrantedPlace, PageRange, Reply, Request,
-};
+use super::fake_files::{Said, State, word};
+use copage_coherence::msg::{Generation, GrantedPlace, PageRange, Reply, Request};
 use copage_grants::{Access, DomId, PAGE_SIZE, PageIndex, Version, pages_for};
 use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate, memfd_create};
 use std::collections::{BTreeMap, HashSet};
@@ -141,10 +139,10 @@ impl State {
 
     /// Gives the file another length.
     pub(super) fn resize(&mut self, bytes: u64) {
-        let (newest, backend) = (self.newest, self.homes[&self.newest].backend());
-        // As the real one does, in place: the home keeps its number.
-        self.homes.get_mut(&newest).unwrap().resize(bytes);
-        drop(backend);
+        let newest = self.newest;
+        if let Some(home) = self.homes.get_mut(&newest) {
+            home.resize(bytes);
+        }
         let coherent = self.coherent();
         coherent.disk.resize(bytes as usize, 0);
         ftruncate(&coherent.arena, bytes).unwrap();
@@ -285,12 +283,5 @@ impl State {
             }
             _ => None,
         }
-    }
-}
-
-impl Home {
-    /// Puts one page there.
-    fn put(&self, page: u64, bytes: &[u8; PAGE_SIZE]) {
-        self.store(page, bytes);
     }
 }

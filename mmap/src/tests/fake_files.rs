@@ -1,5 +1,6 @@
 //! What the fake daemon knows of its files, and its answers.
 
+use super::fake_coherent::Coherent;
 use crate::granted::standin::{StandIn, content};
 use copage_coherence::msg::{
     Attr, FaultHint, FileKind, FileToken, Generation, Handle, OpenHow, OpenedFlags, PageRange,
@@ -68,6 +69,24 @@ impl Home {
         self.backend
             .store(self.id, PageIndex(first), &frames, &data)
             .unwrap();
+    }
+
+    /// Puts one page there.
+    pub(super) fn put(&self, page: u64, bytes: &[u8; PAGE_SIZE]) {
+        let frames = frames(page, 1);
+        self.backend
+            .store(self.id, PageIndex(page), &frames, bytes)
+            .unwrap();
+    }
+
+    /// Gives it another length; nobody has pages behind the shorter end.
+    pub(super) fn resize(&mut self, bytes: u64) {
+        let (new, old) = (pages_for(bytes), pages_for(self.bytes));
+        if new < old {
+            self.punch(new, old - new);
+        }
+        self.backend.resize_home(self.id, bytes).unwrap();
+        self.bytes = bytes;
     }
 
     pub(super) fn punch(&self, first: u64, pages: u64) {
@@ -144,6 +163,8 @@ pub(super) struct State {
     /// What was asked back, by recall: generation, first page, pages, the newest batch of then.
     pub(super) recalls: HashMap<u64, (u32, u64, u64, u64)>,
     pub(super) channel: Option<Arc<Channel>>,
+    /// The file is of a `coherent` export.
+    pub(super) coherent: Option<Coherent>,
 }
 
 fn attr(kind: FileKind, ino: u64, bytes: u64) -> Attr {
@@ -192,6 +213,10 @@ impl State {
             Request::Close { file }
             | Request::Fault { file, .. }
             | Request::Read { file, .. }
+            | Request::Write { file, .. }
+            | Request::Truncate { file, .. }
+            | Request::Sync { file }
+            | Request::Arena { file, .. }
             | Request::Unmapped { file, .. } => {
                 let first = self.token().0;
                 (first..first + u64::from(self.opens)).contains(&file.0)
@@ -207,6 +232,9 @@ impl State {
     pub(super) fn handle(&mut self, request: &Request<'_>, ttl_ms: u32) -> Said {
         self.check(request);
         self.opens += u32::from(matches!(request, Request::Open { .. }));
+        if let Some(said) = self.handle_coherent(request) {
+            return said;
+        }
         let epoch = self.epoch;
         let handle = |slot| Handle {
             slot,
@@ -240,7 +268,7 @@ impl State {
             Request::Attach { export: b"all" } => plain(Reply::Attached {
                 root: handle(1),
                 attr: attr(FileKind::Directory, 100, 0),
-                mode: 0,
+                mode: u8::from(self.coherent.is_some()),
             }),
             Request::Lookup { name: b"f", .. } if self.ino.is_some() => plain(Reply::Entry {
                 node: handle(F),
@@ -270,7 +298,7 @@ impl State {
                         descriptor: self.standin.is_none(),
                         pinned: how == OpenHow::Pin,
                         host_bounded: false,
-                        coherent: false,
+                        coherent: self.coherent.is_some(),
                     },
                 };
                 if self.standin.is_some() {
@@ -315,8 +343,9 @@ impl State {
             }
             Request::Forget { .. } => self.note(Seen::Forget),
             Request::Ack { recall } => {
+                let asked = self.recalls.remove(&recall);
                 if let (Some(standin), Some((generation, first, count, batch))) =
-                    (&self.standin, self.recalls.remove(&recall))
+                    (&self.standin, asked)
                 {
                     standin.acked(generation, first, count, batch);
                 }

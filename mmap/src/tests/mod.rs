@@ -4,7 +4,10 @@
 //! What these cannot show: that the real daemon keeps its side (its ledger is not used here), what a
 //! full or slow machine does, kernels other than this one, and anything of Xen.
 
+mod coherent;
+mod coherent_races;
 mod fake;
+mod fake_coherent;
 mod fake_files;
 mod faults;
 mod granted;
