@@ -69,6 +69,11 @@ impl Export {
     pub fn open(&self, path: impl AsRef<[u8]>, how: OpenHow) -> Result<File> {
         self.resolve(path)?.open(how)
     }
+
+    /// As [`Export::open`], to write too: [`Node::open_for_writing`].
+    pub fn open_for_writing(&self, path: impl AsRef<[u8]>, how: OpenHow) -> Result<File> {
+        self.resolve(path)?.open_for_writing(how)
+    }
 }
 
 fn error(errno: i32, path: &[u8]) -> MmapError {

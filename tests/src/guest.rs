@@ -200,6 +200,60 @@ impl Guest {
         }
     }
 
+    /// Opens a file to map it and to write; its number.
+    pub fn open_written(&mut self, export: &str, path: &str) -> usize {
+        let order = Order::Open {
+            export: export.into(),
+            path: path.into(),
+            map: true,
+            write: true,
+        };
+        match self.ask(&order) {
+            Answer::Opened { file, .. } => file,
+            other => panic!("{}: {other:?}", self.label),
+        }
+    }
+
+    /// Maps all of an open file; the mapping's number.
+    pub fn map_file(&mut self, file: usize, writable: bool) -> usize {
+        let order = Order::MapFile {
+            file,
+            writable,
+            len: 0,
+        };
+        match self.ask(&order) {
+            Answer::Mapped { mapping, .. } => mapping,
+            other => panic!("{}: {other:?}", self.label),
+        }
+    }
+
+    /// Loads a word by a plain load.
+    pub fn load_word(&mut self, mapping: usize, offset: u64) -> u64 {
+        let order = Order::LoadWord {
+            mapping,
+            offset,
+            probe: false,
+        };
+        match self.ask(&order) {
+            Answer::Word { value } => value,
+            other => panic!("{}: {other:?}", self.label),
+        }
+    }
+
+    /// Stores a word by a plain store.
+    pub fn store_word(&mut self, mapping: usize, offset: u64, value: u64) {
+        self.ask(&Order::StoreWord {
+            mapping,
+            offset,
+            value,
+        });
+    }
+
+    /// Puts an open file on the disk.
+    pub fn sync(&mut self, file: usize) {
+        self.ask(&Order::Sync { file });
+    }
+
     /// The version of one page, read by plain loads; panics unless the page is whole.
     pub fn load(&mut self, mapping: usize, page: u64) -> u32 {
         match self.ask(&Order::Load { mapping, page }) {

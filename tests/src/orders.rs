@@ -91,6 +91,90 @@ pub enum Order {
         /// The other file.
         with: String,
     },
+    /// Opens a file and keeps it; files are numbered from 0.
+    Open {
+        /// The export.
+        export: String,
+        /// Below it.
+        path: String,
+        /// To map it, else to use it by messages only.
+        map: bool,
+        /// For writing too.
+        write: bool,
+    },
+    /// Maps all of an open file, shared; a mapping like the others.
+    MapFile {
+        /// Which file.
+        file: usize,
+        /// For stores that everybody sees.
+        writable: bool,
+        /// How much, in bytes, whatever its length is; 0: its length.
+        len: u64,
+    },
+    /// Reads by messages.
+    ReadAt {
+        /// Which file.
+        file: usize,
+        /// From where.
+        offset: u64,
+        /// How much.
+        len: usize,
+    },
+    /// Writes by messages.
+    WriteAt {
+        /// Which file.
+        file: usize,
+        /// Where.
+        offset: u64,
+        /// What.
+        bytes: Vec<u8>,
+    },
+    /// Gives a file another length.
+    SetLen {
+        /// Which file.
+        file: usize,
+        /// In bytes.
+        bytes: u64,
+    },
+    /// Puts a file on the disk.
+    Sync {
+        /// Which file.
+        file: usize,
+    },
+    /// Lets go of an open file.
+    Close {
+        /// Which file.
+        file: usize,
+    },
+    /// Loads one word. SIGBUS ends the process unless it is only probed, by process_vm_readv.
+    LoadWord {
+        /// Which mapping.
+        mapping: usize,
+        /// Where, in bytes: a multiple of 8.
+        offset: u64,
+        /// An error in place of SIGBUS.
+        probe: bool,
+    },
+    /// Stores one word, plainly: SIGBUS ends the process.
+    StoreWord {
+        /// Which mapping.
+        mapping: usize,
+        /// Where, in bytes: a multiple of 8.
+        offset: u64,
+        /// The word.
+        value: u64,
+    },
+    /// Counts in a word that nobody else stores to: each time it must hold what was stored last.
+    Count {
+        /// Which mapping.
+        mapping: usize,
+        /// Where, in bytes: a multiple of 8.
+        offset: u64,
+        /// How often; 0: in a thread, until `StopCounting`.
+        times: u64,
+    },
+    /// Ends `Count` of 0 times; answered by the last word stored.
+    StopCounting,
     /// What the mapping shows now.
     Generation {
         /// Which mapping.
@@ -148,6 +232,23 @@ pub enum Answer {
     Bytes {
         /// The bytes.
         bytes: Vec<u8>,
+    },
+    /// Opened.
+    Opened {
+        /// Its number.
+        file: usize,
+        /// Its length in bytes.
+        bytes: u64,
+    },
+    /// A word.
+    Word {
+        /// It.
+        value: u64,
+    },
+    /// Written.
+    Wrote {
+        /// How many bytes.
+        bytes: usize,
     },
     /// Bytes compared.
     Compared {

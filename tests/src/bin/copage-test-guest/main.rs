@@ -3,10 +3,12 @@
 //! `attack-process PID`, `mute SOCKET NAME FILE map|pin` (holds and never lets go).
 #![forbid(unsafe_code)]
 
+mod written;
+
 use anyhow::{Context, Result, bail};
 use copage::demo::pattern::{self, PageContent};
 use copage_coherence::msg::OpenHow;
-use copage_grants::volatile::VolatileBytes;
+use copage_grants::volatile::{VolatileBytes, VolatileBytesMut};
 use copage_grants::{PAGE_SIZE, PAGE_SIZE_U64};
 use copage_mmap::native::NativeMapping;
 use copage_mmap::{
@@ -22,6 +24,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use written::Counting;
 
 /// A mapping of either kind, with the file that keeps it.
 enum View {
@@ -35,6 +38,15 @@ impl View {
             Self::Faulted(mapping, _) => mapping.as_volatile(),
             Self::Pinned(mapping, _) => mapping.as_volatile(),
         }
+    }
+
+    fn bytes_mut(&self) -> Result<VolatileBytesMut<'_>> {
+        let Self::Faulted(mapping, _) = self else {
+            bail!("a pinned file is not stored to");
+        };
+        mapping
+            .as_volatile_mut()
+            .context("the mapping is read-only")
     }
 
     fn file(&self) -> &File {
@@ -56,7 +68,9 @@ struct Agent {
     client: Option<Client>,
     exports: HashMap<String, Export>,
     views: Vec<Arc<View>>,
+    files: Vec<Option<File>>,
     watch: Option<Watch>,
+    counting: Vec<Counting>,
 }
 
 fn main() -> Result<()> {
@@ -211,6 +225,29 @@ impl Agent {
                 bytes.truncate(got);
                 Ok(Answer::Bytes { bytes })
             }
+            Order::Open { .. }
+            | Order::MapFile { .. }
+            | Order::ReadAt { .. }
+            | Order::WriteAt { .. }
+            | Order::SetLen { .. }
+            | Order::Sync { .. }
+            | Order::Close { .. } => self.use_file(order),
+            Order::LoadWord {
+                mapping,
+                offset,
+                probe,
+            } => self.load_word(mapping, offset, probe),
+            Order::StoreWord {
+                mapping,
+                offset,
+                value,
+            } => self.store_word(mapping, offset, value),
+            Order::Count {
+                mapping,
+                offset,
+                times,
+            } => self.count(mapping, offset, times),
+            Order::StopCounting => self.stop_counting(),
             Order::Compare { mapping, with } => self.compare(mapping, &with),
             Order::Generation { mapping } => {
                 let view = self.view(mapping)?;
@@ -248,6 +285,7 @@ impl Agent {
             }
             Order::Disconnect => {
                 self.views.clear();
+                self.files.clear();
                 self.exports.clear();
                 self.client = None;
                 Ok(Answer::Done)
