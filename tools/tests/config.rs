@@ -261,9 +261,9 @@ fn bad_texts_are_told_with_line_and_key() {
             &["line 6: guest.domain: d is guest \"a\" already in line 3"],
         ),
         (
-            &format!("{export}mode = \"coherent\""),
+            &format!("{export}mode = \"coherend\""),
             &[
-                "line 4: export.mode: mode \"coherent\" is not built yet; this version has \"ro\" only",
+                "line 4: export.mode: \"coherend\" is no mode; give \"ro\" or \"coherent\"; did you mean \"coherent\"?",
             ],
         ),
         (
@@ -276,7 +276,15 @@ fn bad_texts_are_told_with_line_and_key() {
         ),
         (
             &format!("{export}mode = \"rw\""),
-            &["\"rw\" is no mode; give \"ro\""],
+            &["\"rw\" is no mode; give \"ro\" or \"coherent\""],
+        ),
+        (
+            &format!("{export}writeback_ms = 100"),
+            &["export.writeback_ms: is of coherent exports only"],
+        ),
+        (
+            &format!("{export}mode = \"coherent\"\nwriteback_ms = 1"),
+            &["is 1 ms; give a whole number from 50 to 60000 ms"],
         ),
         (
             &format!("{export}mode = true"),

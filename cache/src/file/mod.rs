@@ -226,6 +226,13 @@ impl CachedFile {
         (self.node.dev, self.node.ino)
     }
 
+    /// Where the host has it now; empty when that cannot be told.
+    pub fn path(&self) -> std::path::PathBuf {
+        use std::os::fd::AsRawFd;
+        let link = format!("/proc/self/fd/{}", self.data.as_raw_fd());
+        std::fs::read_link(link).unwrap_or_default()
+    }
+
     pub(crate) fn data(&self) -> BorrowedFd<'_> {
         self.data.as_fd()
     }

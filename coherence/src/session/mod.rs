@@ -16,6 +16,7 @@ mod machine;
 pub use machine::Sessions;
 
 use crate::msg::{FenceReason, FileToken, Generation, InvalidateReason, PageRange};
+use crate::strict::Place;
 use copage_grants::{DomId, Epoch, Version};
 
 /// A guest as the daemon knows it by name; what it may have is counted across reconnects.
@@ -51,6 +52,8 @@ pub enum Subject {
         /// Why.
         reason: InvalidateReason,
     },
+    /// A page of a coherent file. How the guest is told is the caller's: its tokens and generations are.
+    Place(Place),
     /// A whole generation, for a newer one.
     Rebase {
         /// Of what.

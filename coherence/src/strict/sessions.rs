@@ -1,7 +1,7 @@
 //! Sessions and pages together: what a daemon drives.
 
 use super::{Action, DAEMON, Event, Pages, Place, StrictConfig, Table};
-use crate::msg::{FenceReason, FileToken, Generation, InvalidateReason, PageRange};
+use crate::msg::FenceReason;
 use crate::session;
 use crate::session::{RecallOutcome, SessionConfig, Sessions, Subject};
 use copage_grants::{Epoch, Version};
@@ -127,12 +127,8 @@ impl Strict {
             session::Action::Ask {
                 epoch,
                 recall,
-                subject: Subject::Pages { file, range, .. },
+                subject: Subject::Place(place),
             } => {
-                let place = Place {
-                    file: file.0,
-                    page: range.first,
-                };
                 self.asked.insert((epoch, recall), place);
             }
             session::Action::Settled {
@@ -160,15 +156,7 @@ impl Strict {
 fn of_page(action: Action, then: &mut VecDeque<Step>, out: &mut Vec<Output>) {
     match action {
         Action::Recall { epoch, place } => {
-            let subject = Subject::Pages {
-                file: FileToken(place.file),
-                generation: Generation(1),
-                range: PageRange {
-                    first: place.page,
-                    count: 1,
-                },
-                reason: InvalidateReason::Changed,
-            };
+            let subject = Subject::Place(place);
             then.push_back(Step::Session(session::Event::Recall { epoch, subject }));
         }
         Action::Fence { epoch } => {

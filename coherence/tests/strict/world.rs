@@ -1,7 +1,7 @@
 //! A host in small: the machine as it is, a grant table that keeps what is mapped, frames with one
 //! number in each, guests, and messages that take as long as they like.
 
-use copage_coherence::msg::{FenceReason, FileToken};
+use copage_coherence::msg::FenceReason;
 use copage_coherence::session::{
     Action as SessionAction, Event as SessionEvent, Guest as Who, SessionConfig, Subject,
 };
@@ -357,13 +357,8 @@ impl World {
             SessionAction::Ask {
                 epoch,
                 recall,
-                subject: Subject::Pages { file, range, .. },
+                subject: Subject::Place(place),
             } => {
-                let FileToken(file) = file;
-                let place = Place {
-                    file,
-                    page: range.first,
-                };
                 if let Some(guest) = self.guest_of(epoch) {
                     guest.down.push_back(Down::Invalidate(recall, place));
                 }

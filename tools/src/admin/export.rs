@@ -79,9 +79,12 @@ struct Add {
     /// The share group [default: one of its own]
     #[arg(long, value_parser = name)]
     group: Option<String>,
-    /// What guests may do: ro
+    /// What guests may do: ro or coherent
     #[arg(long, default_value = "ro")]
     mode: Mode,
+    /// Of a coherent export: how long what guests store stays out of the host's file [default: 1000]
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u32).range(50..=60_000))]
+    writeback_ms: Option<u32>,
     /// As JSON
     #[arg(long)]
     json: bool,
@@ -148,6 +151,14 @@ fn add(args: &Add) -> Result<()> {
     let path = std::path::absolute(&args.path).context("this directory")?;
     let mut export = ExportConfig::new(&args.name, path);
     export.mode = args.mode;
+    if let Some(writeback_ms) = args.writeback_ms {
+        if args.mode != Mode::Coherent {
+            bail!(Usage(
+                "--writeback-ms is of coherent exports only".to_owned()
+            ));
+        }
+        export.writeback_ms = writeback_ms;
+    }
     export.group.clone_from(&args.group);
     if !args.allow.is_empty() {
         export.allow.clone_from(&args.allow);

@@ -11,6 +11,7 @@ pub mod export;
 pub mod grants;
 pub mod guests;
 mod host_cache;
+pub mod leases;
 pub mod pages;
 pub mod stats;
 

@@ -59,7 +59,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 }
 
 /// What to ask for, and for a path of the host the same with symbolic links resolved.
-fn paths(file: &Path) -> Result<(PathBuf, Option<PathBuf>)> {
+pub(super) fn paths(file: &Path) -> Result<(PathBuf, Option<PathBuf>)> {
     let Some(text) = file.to_str() else {
         bail!(Usage(format!(
             "{}: paths on the admin socket are UTF-8",

@@ -228,6 +228,23 @@ fn text(stats: &StatsEntry, memory: Memory) -> String {
             of("leases_broken")
         ),
     ];
+    let strict = &stats.strict;
+    if strict.now_files + strict.granted_read + strict.granted_write > 0 {
+        lines.push(format!(
+            "coherent    {} files; {} pages granted for reading, {} for writing, {} for writing by several",
+            strict.now_files, strict.granted_read, strict.granted_write, strict.granted_shared
+        ));
+        lines.push(format!(
+            "            {} recalls, {} saves ({} failed), {} syncs, {} lengths changed; writers waited {} ms (p50), {} ms (p99)",
+            strict.recalls,
+            strict.saves,
+            strict.saves_failed,
+            strict.syncs,
+            strict.resizes,
+            strict.write_wait_p50_ms,
+            strict.write_wait_p99_ms
+        ));
+    }
     let fenced: u64 = stats
         .counters
         .iter()

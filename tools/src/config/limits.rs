@@ -40,6 +40,11 @@ pub const CACHE_DOMAIN_MIB: RangeInclusive<u64> = 16..=4096;
 /// Sessions of one domain: each is one process, and maps 17 pages and two event channels in the
 /// control domain.
 pub const DOMAIN_SESSIONS_MAX: RangeInclusive<u64> = 1..=256;
+/// How long what guests store stays out of the host's file, in ms. A shorter time than a disk needs
+/// for some pages does nothing but write; a longer one than a minute is what fsync is for.
+pub const WRITEBACK_MS: RangeInclusive<u64> = 50..=60_000;
+/// The same when nothing is said, in ms.
+pub const WRITEBACK_MS_DEFAULT: u32 = 1000;
 /// The longest name of a domain, in bytes.
 pub const DOMAIN_NAME_BYTES_MAX: usize = 64;
 /// The longest name of an export, a share group or a guest, in bytes; the cache's own bound.

@@ -131,6 +131,8 @@ pub struct ExportConfig {
     pub allow: Vec<String>,
     /// The share group: frames are shared only within one. `None`: one of its own, of its name.
     pub group: Option<String>,
+    /// Of a coherent export: how long what guests store stays out of the host's file at most, in ms.
+    pub writeback_ms: u32,
 }
 
 /// What guests may do with an export. Other modes are designed and not built.
@@ -138,6 +140,8 @@ pub struct ExportConfig {
 pub enum Mode {
     /// Nobody writes.
     Ro,
+    /// All write, and all see one file.
+    Coherent,
 }
 
 impl Default for Limits {
@@ -308,6 +312,7 @@ impl ExportConfig {
             mode: Mode::Ro,
             allow: vec!["*".to_owned()],
             group: None,
+            writeback_ms: limits::WRITEBACK_MS_DEFAULT,
         }
     }
 

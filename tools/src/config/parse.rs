@@ -10,8 +10,10 @@ use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use toml::de::DeTable;
 
+/// The modes there are.
+const MODES: [&str; 2] = ["ro", "coherent"];
 /// Modes that the design has and this version has not.
-const MODES_LATER: [&str; 3] = ["coherent", "cow", "shm"];
+const MODES_LATER: [&str; 2] = ["cow", "shm"];
 
 /// Reads all of `text`; what is wrong is among the problems, and its default in the configuration.
 pub(super) fn parse(text: &str) -> (Config, Lines, Vec<Problem>) {
@@ -148,6 +150,7 @@ const _: () = {
     fits(&limits::FILES_MAX);
     fits(&limits::UID);
     fits(&limits::DOMAIN_SESSIONS_MAX);
+    fits(&limits::WRITEBACK_MS);
 };
 
 fn xen(r: &mut Reader<'_>, mut section: Section<'_, '_>) -> XenConfig {
@@ -273,10 +276,18 @@ fn export(r: &mut Reader<'_>, mut section: Section<'_, '_>, note: Note<'_>) -> E
         }
         None => {}
     }
-    if let Some(found) = section.string(r, "mode", "ro")
-        && let Err(text) = found.value.parse::<Mode>()
-    {
-        r.error(Some(found.line), "export.mode", text);
+    if let Some(found) = section.string(r, "mode", "ro") {
+        match found.value.parse() {
+            Ok(mode) => export.mode = mode,
+            Err(text) => r.error(Some(found.line), "export.mode", text),
+        }
+    }
+    if let Some(found) = section.number(r, "writeback_ms", &limits::WRITEBACK_MS, "ms") {
+        if export.mode == Mode::Ro {
+            let text = "is of coherent exports only; this one is \"ro\"".to_owned();
+            r.error(Some(found.line), "export.writeback_ms", text);
+        }
+        set32(&mut export.writeback_ms, Some(found));
     }
     if let Some(found) = section.string(r, "group", "libs") {
         note("group", found.line);
@@ -300,19 +311,23 @@ impl std::str::FromStr for Mode {
 
     /// The error says which modes there are.
     fn from_str(mode: &str) -> Result<Self, String> {
-        if mode == "ro" {
-            return Ok(Self::Ro);
+        match mode {
+            "ro" => return Ok(Self::Ro),
+            "coherent" => return Ok(Self::Coherent),
+            _ => {}
         }
         let shown: String = mode.escape_debug().take(40).collect();
         if MODES_LATER.contains(&mode) {
             return Err(format!(
-                "mode \"{shown}\" is not built yet; this version has \"ro\" only"
+                "mode \"{shown}\" is not built yet; this version has \"ro\" and \"coherent\""
             ));
         }
-        let meant = nearest(mode, &MODES_LATER).map_or(String::new(), |known| {
-            format!(" (\"{known}\" is not built yet)")
+        let meant = nearest(mode, &MODES).map_or(String::new(), |known| {
+            format!("; did you mean \"{known}\"?")
         });
-        Err(format!("\"{shown}\" is no mode; give \"ro\"{meant}"))
+        Err(format!(
+            "\"{shown}\" is no mode; give \"ro\" or \"coherent\"{meant}"
+        ))
     }
 }
 
@@ -349,6 +364,7 @@ impl std::fmt::Display for Mode {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::Ro => "ro",
+            Self::Coherent => "coherent",
         })
     }
 }

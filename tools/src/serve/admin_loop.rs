@@ -165,6 +165,14 @@ impl Core {
                     names: self.names(),
                 })
             }
+            AdminRequest::Leases { path, pages_max } => {
+                let most = pages_max
+                    .unwrap_or(GRANT_LINES_DEFAULT)
+                    .min(GRANT_LINES_MAX);
+                Now::Reply(AdminReply::Leases(
+                    self.leases(path.as_deref(), most as usize),
+                ))
+            }
             AdminRequest::Audit => Now::Job(Job::Audit),
             AdminRequest::Stats => Now::Job(Job::Stats),
             AdminRequest::Reclaim { pages } => Now::Job(Job::Reclaim { pages }),
@@ -200,7 +208,7 @@ impl Core {
             .values()
             .filter_map(|conn| conn.session.as_ref().map(|s| (conn, s)))
             .map(|(conn, s)| {
-                let standing = self.ctx.machine.standing(now_ms, s.epoch);
+                let standing = self.ctx.machine.sessions().standing(now_ms, s.epoch);
                 let (lease_left_ms, recalls) = standing.unwrap_or_default();
                 let (uid, pid, domain) = match &conn.peer {
                     Peer::Process(p) => (Some(p.uid), i32::try_from(p.pid).ok(), None),
@@ -298,11 +306,12 @@ impl Core {
             frames_huge: cache.huge_units * u64::from(copage_cache::limits::HUGE_PAGES),
             grants,
             files: cache.files,
-            sessions: self.ctx.machine.len() as u64,
+            sessions: self.ctx.machine.sessions().len() as u64,
             counters: counters
                 .map(|(k, v)| (k.to_owned(), v))
                 .into_iter()
                 .collect::<BTreeMap<_, _>>(),
+            strict: self.ctx.coherent.entry(),
             xen: self.xen_stats(cache, tables),
             charges,
         }

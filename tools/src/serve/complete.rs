@@ -1,15 +1,17 @@
 //! Answers of the cache: what its threads found, passed on to who asked.
 
+use super::coherent::StrictGranted;
 use super::convert;
 use super::ctx::{Ctx, Ticket, Wanted};
 use super::session::{Conn, Open, Session};
-use copage_cache::{CacheError, Dir, FaultDone, MetaReply, NodeRef, OpenDone, OpenHow};
+use copage_cache::{CacheError, Dir, ExportId, FaultDone, MetaReply, NodeRef, OpenDone, OpenHow};
 use copage_coherence::msg::{
     Attr, DirEntry, DirWriter, FileToken, Generation, Handle, OpenedFlags, Reply,
 };
 
-/// `ro`, as Attached says it.
+/// `ro` and `coherent`, as Attached says them.
 const MODE_RO: u8 = 0;
+const MODE_COHERENT: u8 = 1;
 
 /// What the cache answered to a ticket.
 pub(super) enum Answer {
@@ -17,6 +19,38 @@ pub(super) enum Answer {
     Opened(Result<OpenDone, CacheError>),
     Read(Result<Vec<u8>, CacheError>),
     Faulted(Result<FaultDone, CacheError>),
+    /// Pages of a coherent file.
+    Granted(Box<StrictGranted>),
+    /// The generation asked for is not the coherent file's newest.
+    Stale,
+    Wrote {
+        count: u32,
+        bytes: u64,
+    },
+    Done,
+    Failed {
+        errno: i32,
+        text: String,
+    },
+}
+
+impl Answer {
+    pub(super) fn failed(errno: i32) -> Self {
+        let text = match errno {
+            libc::EAGAIN => "the daemon is too busy with this file; try again".to_owned(),
+            libc::EDQUOT => "the guest has as many pages as it may".to_owned(),
+            libc::ESTALE => "the session or the file has ended".to_owned(),
+            errno => std::io::Error::from_raw_os_error(errno).to_string(),
+        };
+        Self::Failed { errno, text }
+    }
+
+    pub(super) fn refused(error: &CacheError) -> Self {
+        Self::Failed {
+            errno: error.errno(),
+            text: error.to_string(),
+        }
+    }
 }
 
 impl Ctx {
@@ -31,6 +65,7 @@ impl Ctx {
             return;
         };
         session.in_flight -= 1;
+        session.bytes_in_flight -= ticket.wanted.bytes();
         self.answered(conn, &mut session, ticket, answer);
         conn.session = Some(session);
     }
@@ -65,14 +100,29 @@ impl Ctx {
             (wanted, Answer::Meta(Ok(reply))) => {
                 return self.meta(conn, session, request, wanted, reply);
             }
-            (Wanted::Opened, Answer::Opened(Ok(done))) => {
-                return self.opened(conn, session, request, done);
+            (Wanted::Opened { export, write }, Answer::Opened(Ok(done))) => {
+                return self.opened(conn, session, request, (export, write), done);
             }
             (Wanted::Bytes, Answer::Read(Ok(data))) => {
                 return self.answer(conn, session, request, &Reply::Bytes { data: &data });
             }
             (Wanted::Fault(token), Answer::Faulted(Ok(done))) => {
                 return self.faulted(conn, session, request, token, done);
+            }
+            (Wanted::Fault(_), Answer::Granted(granted)) => {
+                return self.answer(conn, session, request, &granted.reply());
+            }
+            (Wanted::Fault(token), Answer::Stale) => {
+                return self.stale(conn, session, request, token);
+            }
+            (Wanted::Wrote { .. }, Answer::Wrote { count, bytes }) => {
+                return self.answer(conn, session, request, &Reply::Wrote { count, bytes });
+            }
+            (Wanted::Done, Answer::Done) => {
+                return self.answer(conn, session, request, &Reply::Done);
+            }
+            (_, Answer::Failed { errno, text }) => {
+                return self.refuse_with(conn, session.epoch, request, errno, &text);
             }
             (_, Answer::Opened(Err(error))) => {
                 self.release_file(session.who.guest);
@@ -103,6 +153,11 @@ impl Ctx {
     ) {
         match (wanted, found) {
             (Wanted::Attached, MetaReply::Entry { node, attr }) => {
+                let mode = if self.exports.is_coherent(node.export) {
+                    MODE_COHERENT
+                } else {
+                    MODE_RO
+                };
                 let Some(root) = self.handle(conn, session, request, node) else {
                     return;
                 };
@@ -111,11 +166,7 @@ impl Ctx {
                     conn,
                     session,
                     request,
-                    &Reply::Attached {
-                        root,
-                        attr,
-                        mode: MODE_RO,
-                    },
+                    &Reply::Attached { root, attr, mode },
                 );
             }
             (Wanted::Entry, MetaReply::Entry { node, attr }) => {
@@ -224,7 +275,14 @@ impl Ctx {
         );
     }
 
-    fn opened(&mut self, conn: &mut Conn, session: &mut Session, request: u64, done: OpenDone) {
+    fn opened(
+        &mut self,
+        conn: &mut Conn,
+        session: &mut Session,
+        request: u64,
+        (export, write): (ExportId, bool),
+        done: OpenDone,
+    ) {
         let OpenDone { file, state, how } = done;
         let descriptors = self.backend.capabilities().descriptors;
         let found = match how {
@@ -251,12 +309,16 @@ impl Ctx {
             descriptor: fd.is_some(),
             pinned: how == OpenHow::Pin,
             host_bounded: state.host_bounded,
-            coherent: false,
+            coherent: file.is_coherent(),
         };
         self.openers
             .entry(file.id)
             .or_default()
             .push((conn.id, token));
+        if file.is_coherent() {
+            let writeback_ms = self.exports.writeback_ms(export);
+            self.know_file(&file, writeback_ms);
+        }
         let open = Open {
             file,
             how,
@@ -264,6 +326,8 @@ impl Ctx {
             rebase: None,
             rebase_again: false,
             withdrawn: false,
+            writes: write,
+            length_due: false,
         };
         session.files.insert(token, open);
         let reply = Reply::Opened {

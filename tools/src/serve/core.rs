@@ -16,6 +16,7 @@ use super::xen::XenSide;
 use copage_cache::CacheEvent;
 use copage_coherence::msg::{FenceReason, MESSAGE_BYTES_MAX, Notice};
 use copage_coherence::session::Event;
+use copage_coherence::strict::{self, Input};
 use copage_grants::channel::{Channel, ChannelError, Listener, Peer};
 use copage_grants::sys::SignalFd;
 use std::collections::HashMap;
@@ -95,6 +96,7 @@ impl Core {
             self.ctx.counts.rounds += 1;
             // What fell due comes before what came late.
             self.ctx.event(Event::Tick);
+            self.ctx.step(Input::Page(strict::Event::Tick));
             self.act();
             for one in &ready {
                 self.take(*one);
@@ -105,6 +107,7 @@ impl Core {
             self.greetings();
             self.cache_due_ms = self.ctx.cache.tick(self.ctx.now_ms);
             self.drained();
+            self.ctx.strict_due();
             self.act();
             self.stopping |= self.wake.is_stopping();
         }
@@ -125,6 +128,7 @@ impl Core {
             self.cache_due_ms,
             greeting,
             self.accept_after_ms,
+            self.ctx.coherent.next_due_ms(),
         ];
         self.poller.arm(due.into_iter().flatten().min())
     }
@@ -278,6 +282,12 @@ impl Core {
             self.ctx.rebase(conn, token);
             self.act();
         }
+        while let Some(conn) = self.conns.get_mut(&id)
+            && let Some(token) = conn.next_length()
+        {
+            self.tell_length(id, token);
+            self.act();
+        }
     }
 
     /// Brings what the poller waits for in line with what the connection is ready for, and sees to
@@ -371,6 +381,9 @@ impl Core {
     }
 
     fn cache_event(&mut self, event: CacheEvent) {
+        let Some(event) = self.ctx.strict_event(event) else {
+            return;
+        };
         match event {
             CacheEvent::Meta { ticket, result } => self.answer(ticket, Answer::Meta(result)),
             CacheEvent::Opened { ticket, result } => self.answer(ticket, Answer::Opened(result)),
@@ -385,6 +398,15 @@ impl Core {
                 dom,
                 guest: _,
             } => self.withdrawn(&file, dom),
+            // Of coherent files: taken above.
+            CacheEvent::Placed { .. }
+            | CacheEvent::Saved { .. }
+            | CacheEvent::Synced { .. }
+            | CacheEvent::Reserved { .. }
+            | CacheEvent::Resized { .. }
+            | CacheEvent::WantBack { .. }
+            | CacheEvent::HostWants { .. }
+            | CacheEvent::HostChanged { .. } => {}
             CacheEvent::Recall {
                 file,
                 generation,
@@ -404,19 +426,10 @@ impl Core {
                     self.ctx.recall_pages(conn, &file, pages, dom, reason);
                 }
             }
-            // No export is coherent here.
-            CacheEvent::Placed { .. }
-            | CacheEvent::Saved { .. }
-            | CacheEvent::Synced { .. }
-            | CacheEvent::Reserved { .. }
-            | CacheEvent::Resized { .. }
-            | CacheEvent::WantBack { .. }
-            | CacheEvent::HostWants { .. }
-            | CacheEvent::HostChanged { .. } => {}
         }
     }
 
-    fn answer(&mut self, number: u64, answer: Answer) {
+    pub(super) fn answer(&mut self, number: u64, answer: Answer) {
         let Some(ticket) = self.ctx.tickets.remove(&number) else {
             return;
         };

@@ -1,13 +1,15 @@
 //! What all sessions share: the machine, the cache, tickets, recalls. Everything here runs on the
 //! loop's thread.
 
+use super::coherent::Coherent;
 use super::exports::Exports;
 use super::handles::Tags;
 use super::identity::Guests;
 use super::session::{Conn, Open, Session};
-use copage_cache::{Cache, CachedFile, FileId, Holder, OpenHow, RecallEnd};
+use copage_cache::{Cache, CachedFile, ExportId, FileId, Holder, OpenHow, RecallEnd};
 use copage_coherence::msg::{ERROR_TEXT_BYTES_MAX, FenceReason, FileToken, Reply};
-use copage_coherence::session::{Action, Event, RecallOutcome, Sessions, Subject};
+use copage_coherence::session::{Action, Event, RecallOutcome, Subject};
+use copage_coherence::strict::{Input, Output, Strict};
 use copage_grants::{Backend, DomId, Epoch, PageIndex};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::os::fd::OwnedFd;
@@ -20,10 +22,30 @@ pub(super) enum Wanted {
     Entry,
     Attr,
     Bytes,
-    Dir { bytes_max: u32 },
-    Opened,
+    Dir {
+        bytes_max: u32,
+    },
+    Opened {
+        export: ExportId,
+        write: bool,
+    },
     Fault(FileToken),
     StatFs,
+    /// To a Write of so many bytes.
+    Wrote {
+        bytes: usize,
+    },
+    Done,
+}
+
+impl Wanted {
+    /// What the request keeps in memory until it is answered, in bytes, as far as it is much.
+    pub(super) fn bytes(self) -> usize {
+        match self {
+            Self::Wrote { bytes } => bytes,
+            _ => 0,
+        }
+    }
 }
 
 /// A request that the cache works on.
@@ -89,9 +111,9 @@ pub(super) struct Counts {
 pub(super) struct Ctx {
     pub cache: Arc<Cache>,
     pub backend: Arc<dyn Backend>,
-    pub machine: Sessions,
+    pub machine: Strict,
     /// What the machine said and nobody did yet.
-    pub actions: VecDeque<Action>,
+    pub actions: VecDeque<Output>,
     pub guests: Guests,
     pub exports: Exports,
     pub tags: Tags,
@@ -107,25 +129,26 @@ pub(super) struct Ctx {
     pub openers: HashMap<FileId, Vec<(u64, FileToken)>>,
     joins: HashMap<u64, Join>,
     asked: HashMap<u64, AskedOf>,
+    pub coherent: Coherent,
     pub userfaultfd: Option<OwnedFd>,
     pub own_uid: u32,
     pub now_ms: u64,
     pub counts: Counts,
     next_number: u64,
     wire: Vec<u8>,
-    step: Vec<Action>,
+    out: Vec<Output>,
 }
 
 impl Ctx {
     pub(super) fn new(
         cache: Arc<Cache>,
         backend: Arc<dyn Backend>,
-        machine: Sessions,
+        machine: Strict,
         guests: Guests,
         exports: Exports,
     ) -> Self {
         Self {
-            cache,
+            cache: cache.clone(),
             backend,
             machine,
             actions: VecDeque::new(),
@@ -140,13 +163,14 @@ impl Ctx {
             openers: HashMap::new(),
             joins: HashMap::new(),
             asked: HashMap::new(),
+            coherent: Coherent::new(cache),
             userfaultfd: None,
             own_uid: rustix::process::geteuid().as_raw(),
             now_ms: 0,
             counts: Counts::default(),
             next_number: 0,
             wire: Vec::new(),
-            step: Vec::new(),
+            out: Vec::new(),
         }
     }
 
@@ -158,8 +182,16 @@ impl Ctx {
 
     /// Takes an event into the machine; what comes out is done by the loop.
     pub(super) fn event(&mut self, event: Event) {
-        self.machine.step(self.now_ms, event, &mut self.step);
-        self.actions.extend(self.step.drain(..));
+        self.step(Input::Session(event));
+    }
+
+    /// Takes an input into the machine.
+    pub(super) fn step(&mut self, input: Input) {
+        let all = &mut self.actions;
+        self.machine
+            .step(self.now_ms, input, &mut self.coherent, &mut self.out);
+        all.extend(self.out.drain(..));
+        self.forget_ended();
     }
 
     /// Begins a request that the cache answers later; the number is for the cache.
@@ -172,6 +204,7 @@ impl Ctx {
     ) -> u64 {
         let number = self.number();
         session.in_flight += 1;
+        session.bytes_in_flight += wanted.bytes();
         let ticket = Ticket {
             conn,
             epoch: session.epoch,
@@ -289,19 +322,17 @@ impl Ctx {
         subject: Subject,
         what: Asked,
     ) -> bool {
-        self.machine.step(
-            self.now_ms,
-            Event::Recall {
-                epoch: session.epoch,
-                subject,
-            },
-            &mut self.step,
-        );
-        let number = self.step.iter().find_map(|action| match *action {
-            Action::Ask { recall, .. } => Some(recall),
+        let before = self.actions.len();
+        let epoch = session.epoch;
+        self.event(Event::Recall { epoch, subject });
+        let number = self.actions.iter().skip(before).find_map(|out| match out {
+            Output::Session(Action::Ask {
+                epoch: whose,
+                recall,
+                subject: asked,
+            }) if *whose == epoch && *asked == subject => Some(*recall),
             _ => None,
         });
-        self.actions.extend(self.step.drain(..));
         let (Some(recall), Some(open)) = (number, session.files.get_mut(&token)) else {
             return false;
         };
@@ -356,7 +387,7 @@ impl Ctx {
                     left += 1;
                 }
             }
-            is_live = self.machine.counts(self.now_ms, session.epoch);
+            is_live = self.machine.sessions().counts(self.now_ms, session.epoch);
             conn.session = Some(session);
         }
         if left == 0 {

@@ -1,6 +1,7 @@
 //! Requests: what each does. Nothing here waits; what may touch a disk goes to the cache's threads
 //! with a ticket.
 
+use super::coherent::FaultAsked;
 use super::convert;
 use super::ctx::{Ctx, Wanted};
 use super::limits::STRIKES_MAX;
@@ -11,6 +12,7 @@ use copage_coherence::msg::{
     HelloFlags, NAME_BYTES_MAX, PROTOCOL_VERSION, PageRange, Reply, Request, decode_header,
 };
 use copage_coherence::session::{Action, Event, Guest};
+use copage_coherence::strict::Output;
 use copage_grants::channel::Peer;
 use copage_grants::{Access, DomId, Version};
 
@@ -247,29 +249,25 @@ impl Ctx {
                     guest.handles = guest.handles.saturating_sub(1);
                 }
             }
-            Request::Open { write: true, .. }
-            | Request::Fault {
-                access: Access::ReadWrite,
-                ..
-            }
-            | Request::Write { .. }
-            | Request::Truncate { .. }
-            | Request::Sync { .. }
-            | Request::Arena { .. } => return Err(READ_ONLY),
             Request::Open {
                 node: handle,
                 how,
-                write: false,
+                write,
             } => {
                 let node = node(session, handle)?;
-                self.open(conn, session, number, node, convert::open_how(how))?;
+                let how = convert::open_how(how);
+                self.open(conn, session, number, node, (how, write))?;
             }
             Request::Close { file } => {
                 let open = session.files.remove(&file).ok_or(NO_FILE)?;
+                self.forget_open(conn.id, session.who.guest, file, &open);
+                if open.file.is_coherent() {
+                    // Its pages go before the open does.
+                    self.strict_closed(conn.id, session, open.file.id, file);
+                }
                 if !open.withdrawn {
                     self.cache.close(&open.file, open.how, session.who);
                 }
-                self.forget_open(conn.id, session.who.guest, file, &open);
                 for recall in open.asked {
                     self.event(Event::Settle {
                         epoch: session.epoch,
@@ -283,10 +281,16 @@ impl Ctx {
                 generation,
                 range,
                 hint,
-                access: Access::ReadOnly,
+                access,
             } => {
-                let hint = convert::fault_hint(hint);
-                self.fault(conn, session, number, (file, generation, range), hint)?;
+                let asked = FaultAsked {
+                    token: file,
+                    generation: generation.0,
+                    range,
+                    hint,
+                    access,
+                };
+                self.fault(conn, session, number, asked)?;
             }
             Request::Read { file, offset, len } => {
                 let open = session.files.get(&file).ok_or(NO_FILE)?;
@@ -296,13 +300,27 @@ impl Ctx {
                 let cached = open.file.clone();
                 let len = len.min(DATA_BYTES_MAX);
                 let ticket = self.ticket(conn.id, session, number, Wanted::Bytes);
-                self.cache.read(ticket, &cached, session.who, offset, len);
+                if cached.is_coherent() {
+                    self.strict_read(ticket, cached.id, session.who.dom, (offset, len));
+                } else {
+                    self.cache.read(ticket, &cached, session.who, offset, len);
+                }
+            }
+            Request::Write { file, offset, data } => {
+                self.ask_write(conn, session, number, (file, offset, data))?;
+            }
+            Request::Truncate { file, bytes } => {
+                self.ask_truncate(conn, session, number, (file, bytes))?;
+            }
+            Request::Sync { file } => self.ask_sync(conn, session, number, file)?,
+            Request::Arena { file, common } => {
+                self.ask_arena(conn, session, number, (file, common))?;
             }
             Request::Ack { recall } => {
-                self.event(Event::Ack {
-                    epoch: session.epoch,
-                    recall,
-                });
+                let epoch = session.epoch;
+                if !self.acked_page(epoch, recall) {
+                    self.event(Event::Ack { epoch, recall });
+                }
             }
             Request::Unmapped {
                 file,
@@ -314,8 +332,13 @@ impl Ctx {
                 {
                     let Generation(generation) = generation;
                     let PageRange { first, count } = range;
-                    self.cache
-                        .unmapped(&open.file, session.who, generation, first, count);
+                    if open.file.is_coherent() {
+                        let id = open.file.id;
+                        self.strict_unmapped(conn.id, session.epoch, id, (first, count));
+                    } else {
+                        self.cache
+                            .unmapped(&open.file, session.who, generation, first, count);
+                    }
                 }
             }
             Request::Renew => self.renew(conn, session, number),
@@ -329,11 +352,11 @@ impl Ctx {
         self.event(Event::Renew {
             epoch: session.epoch,
         });
-        let renewed = Action::Renewed {
+        let renewed = Output::Session(Action::Renewed {
             epoch: session.epoch,
-        };
+        });
         if self.actions.iter().skip(before).any(|a| *a == renewed) {
-            let lease_ttl_ms = self.machine.config().lease_ttl_ms;
+            let lease_ttl_ms = self.machine.sessions().config().lease_ttl_ms;
             self.answer(conn, session, number, &Reply::Renewed { lease_ttl_ms });
         }
     }
@@ -344,7 +367,7 @@ impl Ctx {
         session: &mut Session,
         number: u64,
         node: NodeRef,
-        how: OpenHow,
+        (how, write): (OpenHow, bool),
     ) -> Result<(), Refusal> {
         if how == OpenHow::Pin && !self.backend.capabilities().descriptors {
             let text = "nothing can be pinned here: this daemon grants frames and has no descriptors \
@@ -360,8 +383,9 @@ impl Ctx {
         }
         // Counted from here on, so that opens under way cannot pass the limit together.
         guest.files += 1;
-        let ticket = self.ticket(conn.id, session, number, Wanted::Opened);
-        self.cache.open(ticket, node, how, session.who, false);
+        let export = node.export;
+        let ticket = self.ticket(conn.id, session, number, Wanted::Opened { export, write });
+        self.cache.open(ticket, node, how, session.who, write);
         Ok(())
     }
 
@@ -370,9 +394,9 @@ impl Ctx {
         conn: &mut Conn,
         session: &mut Session,
         number: u64,
-        (token, generation, range): (FileToken, Generation, PageRange),
-        hint: copage_cache::FaultHint,
+        asked: FaultAsked,
     ) -> Result<(), Refusal> {
+        let FaultAsked { token, range, .. } = asked;
         if range.count > FAULT_PAGES_MAX {
             return Err((libc::EINVAL, "a fault asks for 512 pages at most"));
         }
@@ -384,16 +408,22 @@ impl Ctx {
             // It has all pages, and the newer home, which has holes, is not for who pins.
             return Err((libc::EINVAL, "a pinned file has no faults"));
         }
+        if open.file.is_coherent() {
+            return self.ask_fault(conn, session, number, asked);
+        }
+        if asked.access == Access::ReadWrite {
+            return Err(READ_ONLY);
+        }
         let file = open.file.clone();
         let ticket = self.ticket(conn.id, session, number, Wanted::Fault(token));
         let outcome = self.cache.fault(
             ticket,
             &file,
             session.who,
-            generation.0,
+            asked.generation,
             range.first,
             range.count,
-            hint,
+            convert::fault_hint(asked.hint),
         );
         if let FaultOutcome::Ready(result) = outcome {
             self.tickets.remove(&ticket);
@@ -440,25 +470,34 @@ impl Ctx {
                 };
                 self.answer(conn, session, number, &reply);
             }
-            FaultDone::Stale(_) => {
-                let Some(open) = session.files.get(&token) else {
-                    self.refuse_as(conn, session, number, NO_FILE.0, NO_FILE.1);
-                    return;
+            FaultDone::Stale(_) => self.stale(conn, session, number, token),
+        }
+    }
+
+    /// Answers a fault of a generation that is not the newest.
+    pub(super) fn stale(
+        &mut self,
+        conn: &mut Conn,
+        session: &Session,
+        number: u64,
+        token: FileToken,
+    ) {
+        let Some(open) = session.files.get(&token) else {
+            self.refuse_as(conn, session, number, NO_FILE.0, NO_FILE.1);
+            return;
+        };
+        match self.newest(&open.file) {
+            Ok((state, fd)) => {
+                let reply = Reply::Stale {
+                    generation: Generation(state.generation),
+                    version: state.version,
+                    bytes: state.bytes,
                 };
-                match self.newest(&open.file) {
-                    Ok((state, fd)) => {
-                        let reply = Reply::Stale {
-                            generation: Generation(state.generation),
-                            version: state.version,
-                            bytes: state.bytes,
-                        };
-                        self.answer_with(conn, session.epoch, number, &reply, fd);
-                    }
-                    Err(error) => {
-                        let text = error.to_string();
-                        self.refuse_as(conn, session, number, error.errno(), &text);
-                    }
-                }
+                self.answer_with(conn, session.epoch, number, &reply, fd);
+            }
+            Err(error) => {
+                let text = error.to_string();
+                self.refuse_as(conn, session, number, error.errno(), &text);
             }
         }
     }

@@ -1,6 +1,7 @@
 //! The exports by name, and who may use them.
 
 use super::admin_types::ExportEntry;
+use crate::config::limits::WRITEBACK_MS_DEFAULT;
 use crate::config::{ExportConfig, Mode};
 use copage_cache::{Cache, CacheError, ExportId, ExportMode, ExportSpec};
 use std::collections::BTreeMap;
@@ -20,32 +21,32 @@ pub(super) struct Exports {
 
 impl From<&ExportConfig> for ExportEntry {
     fn from(config: &ExportConfig) -> Self {
-        let mode = match config.mode {
-            Mode::Ro => "ro",
-        };
         Self {
             name: config.name.clone(),
             path: config.path.clone(),
-            mode: mode.to_owned(),
+            mode: config.mode.to_string(),
             allow: config.allow.clone(),
             group: config.group.clone(),
+            writeback_ms: (config.mode == Mode::Coherent).then_some(config.writeback_ms),
         }
     }
 }
 
 /// Opens an export in the cache; it may touch a disk.
 pub(super) fn offer(cache: &Cache, entry: &ExportEntry) -> Result<ExportId, CacheError> {
-    if entry.mode != "ro" {
-        return Err(CacheError::BadConfig(format!(
-            "export {}: mode {:?} is not known; the modes are: ro",
-            entry.name, entry.mode
-        )));
-    }
+    let mode = match entry.mode.parse() {
+        Ok(Mode::Ro) => ExportMode::ReadOnly,
+        Ok(Mode::Coherent) => ExportMode::Coherent,
+        Err(text) => {
+            let text = format!("export {}: {text}", entry.name);
+            return Err(CacheError::BadConfig(text));
+        }
+    };
     cache.add_export(ExportSpec {
         name: entry.name.clone(),
         path: entry.path.clone(),
         group: entry.group.clone().unwrap_or_else(|| entry.name.clone()),
-        mode: ExportMode::ReadOnly,
+        mode,
     })
 }
 
@@ -71,6 +72,23 @@ impl Exports {
         let all = self.by_name.values();
         all.map(|e| (e.entry.name.clone(), e.id, e.entry.path.clone()))
             .collect()
+    }
+
+    fn by_id(&self, id: ExportId) -> Option<&ExportEntry> {
+        let mut all = self.by_name.values();
+        all.find(|e| e.id == id).map(|e| &e.entry)
+    }
+
+    /// May guests write it?
+    pub(super) fn is_coherent(&self, id: ExportId) -> bool {
+        let entry = self.by_id(id);
+        entry.is_some_and(|entry| entry.mode.parse() == Ok(Mode::Coherent))
+    }
+
+    /// How long what guests store stays out of the host's files, in ms.
+    pub(super) fn writeback_ms(&self, id: ExportId) -> u32 {
+        let said = self.by_id(id).and_then(|entry| entry.writeback_ms);
+        said.unwrap_or(WRITEBACK_MS_DEFAULT)
     }
 
     /// Lets a guest use an export.
@@ -139,6 +157,7 @@ mod tests {
             mode: "ro".into(),
             allow: allow.iter().map(|&a| a.into()).collect(),
             group: None,
+            writeback_ms: None,
         };
         exports.insert(ExportId(0), entry("all", &["*"]));
         exports.insert(ExportId(1), entry("some", &["web", "db"]));

@@ -10,6 +10,7 @@ use super::session::{Conn, Session};
 use copage_cache::{CachedFile, GuestLimits, Holder};
 use copage_coherence::msg::{FenceReason, FileToken, Notice, Reply, WelcomeFlags};
 use copage_coherence::session::{Action, Event, Guest, RecallOutcome, Refusal, Subject};
+use copage_coherence::strict::Output;
 use copage_grants::channel::{Channel, Peer, ProcessPeer};
 use copage_grants::xen::channel::limits::CONTROL_DOMID;
 use copage_grants::{DomId, Epoch, TrustClass};
@@ -66,10 +67,12 @@ impl Ctx {
             files: HashMap::new(),
             connected_ms: self.now_ms,
             in_flight: 0,
+            bytes_in_flight: 0,
             requests: 0,
         }));
         self.by_dom.insert(dom, conn.id);
         self.by_epoch.insert(epoch, conn.id);
+        self.coherent.who.insert(epoch, who);
         self.counts.sessions += 1;
         if let Err(error) = bound {
             tracing::error!(%error, guest = %name, "a session cannot be bound to its domain");
@@ -100,7 +103,7 @@ impl Ctx {
             None
         };
         let can = self.backend.capabilities();
-        let config = self.machine.config();
+        let config = self.machine.sessions().config();
         // A guest under the daemon's own uid is cooperative, whatever the backend enforces.
         let contained = match &conn.peer {
             Peer::Process(process) => process.uid != self.own_uid && process.uid != 0,
@@ -125,7 +128,7 @@ impl Ctx {
 
     /// Sends what a recall asks.
     fn send_recall(&mut self, conn: &mut Conn, epoch: Epoch, recall: u64, subject: Subject) {
-        let deadline_ms = self.machine.config().invalidate_deadline_ms;
+        let deadline_ms = self.machine.sessions().config().invalidate_deadline_ms;
         match subject {
             Subject::Pages {
                 file,
@@ -143,6 +146,8 @@ impl Ctx {
                 };
                 self.notify(conn, epoch, &notice, None);
             }
+            // Sent with others of its run.
+            Subject::Place(_) => {}
             Subject::Rebase {
                 file,
                 generation,
@@ -171,7 +176,28 @@ impl Ctx {
 impl Core {
     /// Does what the machine said, until it has nothing more to say.
     pub(super) fn act(&mut self) {
-        while let Some(action) = self.ctx.actions.pop_front() {
+        loop {
+            self.act_sessions();
+            if !self.act_strict() && self.ctx.actions.is_empty() {
+                self.ctx.coherent.end_round();
+                self.ctx.fill_pages();
+                self.send_asks();
+                if self.ctx.actions.is_empty() {
+                    return;
+                }
+            }
+        }
+    }
+
+    fn act_sessions(&mut self) {
+        while let Some(output) = self.ctx.actions.pop_front() {
+            let action = match output {
+                Output::Session(action) => action,
+                Output::Page(action) => {
+                    self.ctx.page_action(action);
+                    continue;
+                }
+            };
             match action {
                 Action::Welcome {
                     conn: id,
@@ -189,6 +215,11 @@ impl Core {
                 Action::Refuse { conn: id, why } => self.refused(id, why),
                 // Answered where it was asked.
                 Action::Renewed { .. } => {}
+                Action::Ask {
+                    epoch,
+                    recall,
+                    subject: Subject::Place(place),
+                } => self.ctx.ask_page(epoch, recall, place),
                 Action::Ask {
                     epoch,
                     recall,
@@ -303,16 +334,24 @@ impl Core {
         for (token, open) in &session.files {
             self.ctx.forget_open(id, over.guest, *token, open);
         }
+        let coherent = session
+            .files
+            .values()
+            .filter(|open| open.file.is_coherent());
+        let maps = coherent.map(|open| (open.file.id, open.how == copage_cache::OpenHow::Map));
+        let fenced = over.fenced.is_some();
+        self.ctx.strict_over(over.epoch, maps.collect(), fenced);
     }
 
     /// Domids that no entry names any more may be used again.
     pub(super) fn drained(&mut self) {
-        if !self.ctx.machine.is_draining() {
+        if !self.ctx.machine.sessions().is_draining() {
             return;
         }
         let empty: Vec<(DomId, Guest)> = self
             .ctx
             .machine
+            .sessions()
             .draining()
             .filter(|(dom, _)| {
                 !self.ctx.late.contains_key(dom) && self.ctx.backend.grant_count(*dom) == 0

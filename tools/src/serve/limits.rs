@@ -15,6 +15,24 @@ pub const DOMAINS_MAX: usize = 4096;
 /// Requests of one session that wait for a disk. Beyond it the session is not read: what it sends
 /// stays in its own socket buffer. `SESSIONS_MAX` of these must fit the cache's metadata queue.
 pub const IN_FLIGHT_MAX: usize = 48;
+/// What the writes of one session that are under way may hold, in bytes; beyond it the session is not
+/// read, as with `IN_FLIGHT_MAX`. Eight of the longest.
+pub const BYTES_IN_FLIGHT_PAUSE: usize = 1 << 20;
+/// Pages of coherent files that one session may wait for: every request in flight a whole one.
+pub const WANTS_MAX: usize = IN_FLIGHT_MAX * copage_coherence::msg::FAULT_PAGES_MAX as usize;
+/// Pages that one session may have for writing, 256 MiB: for one more it is asked for its oldest.
+pub const WRITABLE_PAGES_MAX: usize = 65_536;
+/// Pages taken from everybody at once for what needs a file for itself: each may be a notice to each of
+/// its holders, and far fewer than `OUTBOX_MESSAGES_MAX` of them.
+pub const TAKES_AT_ONCE: usize = 256;
+/// How often a fault begins anew because its first page was taken back before the others were there.
+pub const LOST_TRIES_MAX: u32 = 64;
+/// When a fault is tried again that waits for the guest's own pages, in ms.
+pub const NO_ROOM_RETRY_MS: u64 = 20;
+/// When work that needs a file for itself is tried again after the disk refused, in ms.
+pub const EXCLUSIVE_RETRY_MS: u64 = 500;
+/// How often it is looked whether sessions that are gone let go of frames, in ms.
+pub const LOST_POLL_MS: u64 = 100;
 /// Messages taken from one session before the next session's turn.
 pub const MESSAGES_PER_TURN: usize = 32;
 /// Messages waiting for a guest to read them at which its requests are left unread.

@@ -11,6 +11,7 @@ mod admin_run;
 pub mod admin_types;
 mod attach;
 mod clock;
+mod coherent;
 mod complete;
 mod convert;
 mod core;

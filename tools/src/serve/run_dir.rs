@@ -18,9 +18,12 @@ const LOCK_FILE: &str = "daemon.lock";
 pub(super) struct RunDir {
     path: PathBuf,
     /// Held, not read: closing it ends the lock. The file stays, with the epoch in it.
-    _lock: File,
+    lock: File,
     /// This daemon's epoch: above that of every daemon that was here before.
     pub epoch: u32,
+    /// A daemon was here before and may have left sessions behind: how long these may go on, in ms. 0: there
+    /// was none, or it had no session when it stopped.
+    pub left_ms: u32,
 }
 
 /// Why the directory cannot be had.
@@ -54,7 +57,8 @@ pub enum RunDirError {
 }
 
 impl RunDir {
-    pub(super) fn claim(path: &Path) -> Result<Self, RunDirError> {
+    /// `term_ms`: how long this daemon's sessions go on without it.
+    pub(super) fn claim(path: &Path, term_ms: u32) -> Result<Self, RunDirError> {
         let fail = |path: &Path| {
             let path = path.to_owned();
             move |source| RunDirError::Io { path, source }
@@ -91,21 +95,24 @@ impl RunDir {
             Err(errno) => return Err(fail(&lock_path)(errno.into())),
         }
         let last: u32 = last.and_then(|word| word.parse().ok()).unwrap_or(0);
+        let left_ms = words.next().and_then(|word| word.parse().ok()).unwrap_or(0);
         let epoch = epoch_seconds().max(last.saturating_add(1));
         // In one write of one length, over what was there: a daemon that is killed here leaves the old
         // epoch or the new one, never none.
-        let line = format!("{:<10} {epoch:>10}\n", std::process::id());
-        let write = |lock: &mut File| {
-            lock.rewind()?;
-            lock.write_all(line.as_bytes())?;
-            lock.set_len(line.len() as u64)
-        };
-        write(&mut lock).map_err(fail(&lock_path))?;
+        write(&mut lock, epoch, term_ms).map_err(fail(&lock_path))?;
         Ok(Self {
             path: path.to_owned(),
-            _lock: lock,
+            lock,
             epoch,
+            left_ms,
         })
+    }
+
+    /// This daemon stops and leaves no session behind: the next needs to wait for nobody.
+    pub(super) fn leave_nobody(&mut self) {
+        if let Err(error) = write(&mut self.lock, self.epoch, 0) {
+            tracing::warn!(%error, "the next daemon will wait for sessions that there are not");
+        }
     }
 
     pub(super) fn guest_socket(&self) -> PathBuf {
@@ -115,6 +122,14 @@ impl RunDir {
     pub(super) fn admin_socket(&self) -> PathBuf {
         self.path.join(ADMIN_SOCKET)
     }
+}
+
+/// What the next daemon reads.
+fn write(lock: &mut File, epoch: u32, term_ms: u32) -> io::Result<()> {
+    let line = format!("{:<10} {epoch:>10} {term_ms:>10}\n", std::process::id());
+    lock.rewind()?;
+    lock.write_all(line.as_bytes())?;
+    lock.set_len(line.len() as u64)
 }
 
 /// The directory may have been there: it must be this user's, and nobody else may write to it.
@@ -148,23 +163,29 @@ mod tests {
     fn one_daemon_at_a_time_and_epochs_rise() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("run");
-        let first = RunDir::claim(&path).unwrap();
-        let error = RunDir::claim(&path).unwrap_err();
+        let first = RunDir::claim(&path, 5000).unwrap();
+        let error = RunDir::claim(&path, 5000).unwrap_err();
         assert!(
             error.to_string().contains(&std::process::id().to_string()),
             "{error}"
         );
         let epoch = first.epoch;
         drop(first);
-        let second = RunDir::claim(&path).unwrap();
+        let second = RunDir::claim(&path, 5000).unwrap();
         assert!(second.epoch > epoch);
+        // The first was killed, as far as it is known.
+        assert_eq!(second.left_ms, 5000);
         let epoch = second.epoch;
         drop(second);
+        let mut third = RunDir::claim(&path, 100).unwrap();
+        third.leave_nobody();
+        drop(third);
+        assert_eq!(RunDir::claim(&path, 100).unwrap().left_ms, 0);
         // A clock that was set back, and a line as earlier daemons wrote it.
         let ahead = epoch + 1_000_000;
         std::fs::write(path.join(LOCK_FILE), format!("1 {ahead}\n")).unwrap();
-        assert_eq!(RunDir::claim(&path).unwrap().epoch, ahead + 1);
-        assert_eq!(RunDir::claim(&path).unwrap().epoch, ahead + 2);
+        assert_eq!(RunDir::claim(&path, 5000).unwrap().epoch, ahead + 1);
+        assert_eq!(RunDir::claim(&path, 5000).unwrap().epoch, ahead + 2);
     }
 
     #[test]
@@ -175,16 +196,16 @@ mod tests {
         std::fs::create_dir(&path).unwrap();
         for mode in [0o777, 0o1777, 0o775, 0o757] {
             std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
-            let error = RunDir::claim(&path).unwrap_err();
+            let error = RunDir::claim(&path, 5000).unwrap_err();
             assert!(matches!(error, RunDirError::NotOurs { .. }), "{error}");
         }
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
         if rustix::process::geteuid().is_root() {
             std::os::unix::fs::chown(&path, Some(61_001), None).unwrap();
-            let error = RunDir::claim(&path).unwrap_err();
+            let error = RunDir::claim(&path, 5000).unwrap_err();
             assert!(error.to_string().contains("61001"), "{error}");
             std::os::unix::fs::chown(&path, Some(0), None).unwrap();
         }
-        assert!(RunDir::claim(&path).is_ok());
+        assert!(RunDir::claim(&path, 5000).is_ok());
     }
 }

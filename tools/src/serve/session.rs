@@ -1,7 +1,7 @@
 //! One guest's connection, before and after Hello.
 
 use super::handles::Handles;
-use super::limits::IN_FLIGHT_MAX;
+use super::limits::{BYTES_IN_FLIGHT_PAUSE, IN_FLIGHT_MAX};
 use super::outbox::{Outbox, Unsent};
 use super::poll::Interest;
 use copage_cache::{CachedFile, Holder, OpenHow};
@@ -34,6 +34,10 @@ pub(super) struct Open {
     pub rebase_again: bool,
     /// The cache ended this open itself.
     pub withdrawn: bool,
+    /// It may write.
+    pub writes: bool,
+    /// The connection has it among those to be told of a new length when there is room.
+    pub length_due: bool,
 }
 
 /// What a connection is once it has a session.
@@ -47,6 +51,8 @@ pub(super) struct Session {
     pub connected_ms: u64,
     /// Requests that the cache works on.
     pub in_flight: usize,
+    /// What these keep in memory, in bytes, as far as it is much.
+    pub bytes_in_flight: usize,
     /// Requests so far.
     pub requests: u64,
 }
@@ -70,6 +76,8 @@ pub(super) struct Conn {
     pub unsent: Option<Unsent>,
     /// Open files with a newer content of which the guest hears when it has read what waits.
     pub rebases: VecDeque<FileToken>,
+    /// The same with another length.
+    pub lengths: VecDeque<FileToken>,
 }
 
 impl Conn {
@@ -86,6 +94,7 @@ impl Conn {
             strikes: 0,
             unsent: None,
             rebases: VecDeque::new(),
+            lengths: VecDeque::new(),
         }
     }
 
@@ -99,6 +108,15 @@ impl Conn {
         let token = self.has_room().then(|| self.rebases.pop_front())??;
         if let Some(open) = self.session.as_mut().and_then(|s| s.files.get_mut(&token)) {
             open.rebase_again &= open.rebase.is_some();
+        }
+        Some(token)
+    }
+
+    /// The next file to tell the length of, if there is room.
+    pub(super) fn next_length(&mut self) -> Option<FileToken> {
+        let token = self.has_room().then(|| self.lengths.pop_front())??;
+        if let Some(open) = self.session.as_mut().and_then(|s| s.files.get_mut(&token)) {
+            open.length_due = false;
         }
         Some(token)
     }
@@ -121,8 +139,10 @@ impl Conn {
 
     /// May it ask for more?
     pub(super) fn may_read(&self) -> bool {
-        let in_flight = self.session.as_ref().map_or(0, |s| s.in_flight);
-        in_flight < IN_FLIGHT_MAX && self.has_room()
+        let may_ask = |s: &Box<Session>| {
+            s.in_flight < IN_FLIGHT_MAX && s.bytes_in_flight < BYTES_IN_FLIGHT_PAUSE
+        };
+        self.session.as_ref().is_none_or(may_ask) && self.has_room()
     }
 
     /// What the poller should wait for.

@@ -7,20 +7,21 @@ use super::core::Core;
 use super::ctx::Ctx;
 use super::exports::{Exports, offer};
 use super::identity::Guests;
-use super::limits::{GUEST_SESSIONS_MAX, SESSIONS_MAX};
+use super::limits::{GUEST_SESSIONS_MAX, SESSIONS_MAX, WANTS_MAX, WRITABLE_PAGES_MAX};
 use super::ready;
 use super::run_dir::{RunDir, RunDirError};
 use super::wake::Wake;
 use super::xen::{self, XenSide};
 use crate::config::{Config, mib_to_pages};
 use copage_cache::{Cache, CacheConfig, CacheError, EventSink};
-use copage_coherence::limits::RECALLS_MAX;
-use copage_coherence::session::{SessionConfig, Sessions};
+use copage_coherence::limits::{DRIFT_PERMILLE, RECALLS_MAX};
+use copage_coherence::session::SessionConfig;
+use copage_coherence::strict::{Strict, StrictConfig};
 use copage_grants::channel::{ChannelError, Listener};
 use copage_grants::local::{LocalBackend, LocalConfig};
 use copage_grants::sys::{self, SignalFd};
 use copage_grants::xen::{XenBackend, XenConfig, XenError};
-use copage_grants::{Backend, Epoch, GrantError, PAGE_SIZE_U64};
+use copage_grants::{Backend, Epoch, GrantError, PAGE_SIZE_U64, Version};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -211,11 +212,16 @@ struct Prepared {
     core: Core,
     cache: Arc<Cache>,
     backend: Arc<dyn Backend>,
-    _run_dir: RunDir,
+    run_dir: RunDir,
 }
 
 impl Prepared {
-    fn finish(self) {
+    fn finish(mut self) {
+        let sessions = self.core.ctx.machine.sessions();
+        if sessions.is_empty() && !sessions.is_draining() {
+            self.run_dir.leave_nobody();
+        }
+        self.core.ctx.last_sync();
         // Nobody connects any more, and every ring is unmapped.
         drop(self.core);
         self.cache.shutdown();
@@ -265,7 +271,7 @@ fn prepare(
     wrap: impl FnOnce(Arc<dyn Backend>) -> Arc<dyn Backend>,
 ) -> Result<Prepared, ServeError> {
     sys::raise_open_files().map_err(sys("RLIMIT_NOFILE"))?;
-    let run_dir = RunDir::claim(&config.run_dir)?;
+    let run_dir = RunDir::claim(&config.run_dir, config.lease_ttl_ms)?;
     let wake = Arc::new(Wake::new().map_err(sys("eventfd"))?);
     let is_xen = xen::is_wanted(config)?;
     let backend = wrap(if is_xen {
@@ -295,7 +301,12 @@ fn prepare(
         exports.insert(offer(&cache, &entry)?, entry);
     }
 
-    let machine = Sessions::new(
+    // Who was a guest of an earlier daemon may use what it had until its lease ends; nobody writes before.
+    let grace_until_ms = match run_dir.left_ms {
+        0 => 0,
+        left_ms => now_ms() + u64::from(left_ms) * (1000 + DRIFT_PERMILLE) / 1000 + 1,
+    };
+    let machine = Strict::new(
         SessionConfig {
             lease_ttl_ms: config.lease_ttl_ms,
             invalidate_deadline_ms: config.invalidate_deadline_ms,
@@ -303,7 +314,18 @@ fn prepare(
             guest_sessions_max: GUEST_SESSIONS_MAX,
             recalls_max: RECALLS_MAX,
         },
-        Epoch((u64::from(run_dir.epoch) << 32) + 1),
+        StrictConfig {
+            unmap_deadline_ms: config.invalidate_deadline_ms,
+            wants_max: WANTS_MAX,
+            writable_max: WRITABLE_PAGES_MAX,
+            share_in_place: backend.capabilities().in_place_upgrade,
+            ..StrictConfig::default()
+        },
+        (
+            Epoch((u64::from(run_dir.epoch) << 32) + 1),
+            Version::new(run_dir.epoch, 1),
+        ),
+        grace_until_ms,
     );
     let own_uid = rustix::process::geteuid().as_raw();
     let guests = Guests::new(own_uid, config.limits, &config.guests);
@@ -336,7 +358,7 @@ fn prepare(
         core,
         cache,
         backend,
-        _run_dir: run_dir,
+        run_dir,
     })
 }
 

@@ -52,6 +52,7 @@ fn local_exports_come_and_go() {
         mode: "ro".into(),
         allow: vec!["*".into()],
         group: None,
+        writeback_ms: None,
     };
     let add = |e: ExportEntry| host.admin(&AdminRequest::ExportAdd(e));
     assert_eq!(add(entry("more", &more)), AdminReply::Done);

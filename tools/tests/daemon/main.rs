@@ -8,6 +8,7 @@
 #![allow(clippy::panic, reason = "a test fails by panicking")]
 
 mod admin;
+mod coherent;
 mod files;
 mod hostile;
 mod recalls;

@@ -211,11 +211,7 @@ impl Guest {
             export: export.as_bytes(),
         });
         match came.reply() {
-            Reply::Attached {
-                root,
-                attr,
-                mode: 0,
-            } if attr.kind == FileKind::Directory => Ok(root),
+            Reply::Attached { root, attr, .. } if attr.kind == FileKind::Directory => Ok(root),
             Reply::Error { errno, .. } => Err(errno),
             other => panic!("{other:?}"),
         }
