@@ -69,9 +69,15 @@ pub const TOOLSTACK_DEADLINE_S: u64 = 120;
 /// clocks that differ, and a little.
 pub const GREF_REST_MS_DEFAULT: u64 = 5100;
 
-/// How long the daemon waits for a page to be taken out of a guest's file before it says that the guest holds
-/// it up, in ms: it takes a few us, or as long as the guest likes.
-pub const SWEEP_WAIT_MS: u64 = 100;
+/// How long the daemon waits, at most, for a page to be taken out of a guest's file before it says that the guest
+/// holds it up, in ms: it takes some us, or as long as the guest likes; on a loaded machine some 10 ms.
+pub const SWEEP_WAIT_MS: u64 = 200;
+
+/// How long a page stays in a guest's file after it was taken, in ms, since many come back at once.
+pub const SWEEP_REST_MS: u64 = 5;
+
+/// Of all time, in percent, the daemon waits no more than this for guests of one class to let pages be taken out.
+pub const SWEEP_WAIT_PERCENT: u32 = 2;
 
 /// Files of guests that have ended and that one trust class may keep from being emptied; each is bounded by its
 /// session's limit.

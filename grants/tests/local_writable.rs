@@ -497,7 +497,14 @@ fn local_a_guest_that_cuts_off_or_fills_its_arena_harms_itself() {
     assert!(matches!(full, Err(GrantError::NoMemory(_))), "{full:?}");
     assert_eq!(load(&backend, home, 4), content(4), "nothing has changed");
     assert_eq!(present(&backend, home), [(0, PAGES + 1)]);
-    // A second home's arena is of the same limit; another session's is not.
+    // Room comes as soon as a page is out, and is waited for.
+    for round in 0..200 {
+        place(&backend, home, round % 4, A, Where::Home);
+        place(&backend, home, 4 + round % 2, Where::Home, A);
+        place(&backend, home, 4 + round % 2, A, Where::Home);
+        place(&backend, home, round % 4, Where::Home, A);
+    }
+    // Another session's arena has a limit of its own.
     let other = arena(&backend, home, 2);
     place(&backend, home, 4, Where::Home, B);
     place(&backend, home, 3, A, Where::Home);

@@ -39,10 +39,7 @@ impl SideFile<'_> {
     /// Writes within one page.
     pub(super) fn write(self, from: u64, data: &[u8]) -> Result<(), GrantError> {
         match self {
-            Self::Guests(swept) => {
-                swept.keep(from / PAGE_SIZE_U64)?;
-                swept.file.write(from, data)
-            }
+            Self::Guests(swept) => swept.write(from, data),
             Self::Own(file) => file::write(file, from, data),
         }
     }

@@ -6,7 +6,8 @@
 
 use super::guest_file::GuestFile;
 use crate::error::GrantError;
-use crate::limits::{ENDED_FILES_MAX, SWEEP_WAIT_MS};
+use crate::ids::PAGE_SIZE_U64;
+use crate::limits::{ENDED_FILES_MAX, SWEEP_REST_MS, SWEEP_WAIT_MS, SWEEP_WAIT_PERCENT};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use std::collections::BTreeSet;
 use std::io;
@@ -14,6 +15,8 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+const REST: Duration = Duration::from_millis(SWEEP_REST_MS);
+/// The most that is waited for at one time.
 const PATIENCE: Duration = Duration::from_millis(SWEEP_WAIT_MS);
 
 /// A file among those of one sweeper.
@@ -27,7 +30,42 @@ struct Todo {
     /// Files that nobody has any more but guests.
     ended: Vec<Arc<GuestFile>>,
     running: Option<Running>,
+    waits: Waits,
+    /// So many wait until nothing is left to do.
+    hurried: u32,
     is_over: bool,
+}
+
+/// How long those who want a page put somewhere have waited for the sweeper, which a guest can hold up again and
+/// again: of all time only a part.
+struct Waits {
+    left: Duration,
+    at: Instant,
+}
+
+impl Default for Waits {
+    fn default() -> Self {
+        Self {
+            left: PATIENCE,
+            at: Instant::now(),
+        }
+    }
+}
+
+impl Waits {
+    /// So long may be waited now.
+    fn patience(&mut self) -> Duration {
+        let now = Instant::now();
+        let more = now.duration_since(self.at) * SWEEP_WAIT_PERCENT / 100;
+        self.at = now;
+        self.left = (self.left + more).min(PATIENCE);
+        self.left
+    }
+
+    fn waited(&mut self) {
+        self.left = self.left.saturating_sub(self.at.elapsed());
+        self.at = Instant::now();
+    }
 }
 
 struct Running {
@@ -90,10 +128,7 @@ impl Sweeper {
 
     /// Waits until nothing is left to do; `false`: it takes longer than `patience`.
     pub(super) fn wait(&self, patience: Duration) -> bool {
-        let mut todo = self.0.todo.lock();
-        let is_busy = |todo: &mut Todo| !todo.is_idle();
-        let waited = self.0.changed.wait_while_for(&mut todo, is_busy, patience);
-        !waited.timed_out()
+        self.0.is_idle_in(&mut self.0.todo.lock(), patience)
     }
 }
 
@@ -107,38 +142,54 @@ impl Drop for Sweeper {
 impl SweptFile {
     /// A page is to be taken out.
     pub(super) fn sweep(&self, page: u64) {
-        self.shared.todo.lock().pages.insert((self.number, page));
-        self.shared.changed.notify_all();
+        let mut todo = self.shared.todo.lock();
+        todo.pages.insert((self.number, page));
+        // Else it is awake, or rests.
+        if todo.pages.len() == 1 {
+            self.shared.changed.notify_all();
+        }
     }
 
-    /// A page comes there again: it is not taken out from now on.
+    /// Writes within one page, which is not taken out from now on.
     ///
     /// # Errors
-    /// The guest holds it up.
-    pub(super) fn keep(&self, page: u64) -> Result<(), GrantError> {
-        let mut todo = self.shared.todo.lock();
+    /// `NoMemory` as of [`GuestFile::write`]. EBUSY: the guest holds up that the page is taken out.
+    pub(super) fn write(&self, from: u64, data: &[u8]) -> Result<(), GrantError> {
+        self.keep(from / PAGE_SIZE_U64)?;
+        match self.file.write(from, data) {
+            // Perhaps there is room when all is out that is to be.
+            Err(GrantError::NoMemory(_)) if self.is_idle_soon() => self.file.write(from, data),
+            written => written,
+        }
+    }
+
+    fn is_idle_soon(&self) -> bool {
+        let todo = &mut self.shared.todo.lock();
+        let patience = todo.waits.patience();
+        let is_idle = self.shared.is_idle_in(todo, patience);
+        todo.waits.waited();
+        is_idle
+    }
+
+    fn keep(&self, page: u64) -> Result<(), GrantError> {
+        let todo = &mut self.shared.todo.lock();
         todo.pages.remove(&(self.number, page));
         let is_running = |todo: &mut Todo| {
-            let running = todo
-                .running
-                .as_ref()
-                .and_then(|running| running.pages.as_ref());
-            running.is_some_and(|(number, pages)| *number == self.number && pages.contains(&page))
+            let running = todo.running.as_ref();
+            let pages = running.and_then(|running| running.pages.as_ref());
+            pages.is_some_and(|(number, pages)| *number == self.number && pages.contains(&page))
         };
-        // Who is waited for in vain once is not waited for again.
-        let patience = match todo.is_held_up() {
-            true => Duration::ZERO,
-            false => PATIENCE,
-        };
-        let waited = self
-            .shared
-            .changed
-            .wait_while_for(&mut todo, is_running, patience);
+        if !is_running(todo) {
+            return Ok(());
+        }
+        let patience = todo.waits.patience();
+        let changed = &self.shared.changed;
+        let waited = changed.wait_while_for(todo, is_running, patience);
+        todo.waits.waited();
         if waited.timed_out() {
-            let busy = io::Error::from_raw_os_error(libc::EBUSY);
             return Err(GrantError::Sys {
                 call: "fallocate(punch) of an arena",
-                source: busy,
+                source: io::Error::from_raw_os_error(libc::EBUSY),
             });
         }
         Ok(())
@@ -197,20 +248,44 @@ impl Todo {
 }
 
 impl Shared {
+    /// Waits until nothing is left to do; `false`: it takes longer.
+    fn is_idle_in(&self, todo: &mut MutexGuard<'_, Todo>, patience: Duration) -> bool {
+        todo.hurried += 1;
+        self.changed.notify_all();
+        let is_busy = |todo: &mut Todo| !todo.is_idle();
+        let waited = self.changed.wait_while_for(todo, is_busy, patience);
+        todo.hurried -= 1;
+        !waited.timed_out()
+    }
+
     fn run(&self) {
         let mut todo = self.todo.lock();
         while !todo.is_over {
+            // Pages that come back soon are better left where they are.
+            if !todo.pages.is_empty() {
+                let has_time = |todo: &mut Todo| todo.hurried == 0 && !todo.is_over;
+                self.changed.wait_while_for(&mut todo, has_time, REST);
+            }
+            self.sweep_all(&mut todo);
+            if todo.is_idle() && !todo.is_over {
+                self.changed.wait(&mut todo);
+            }
+        }
+    }
+
+    /// Does what there is to do.
+    fn sweep_all(&self, todo: &mut MutexGuard<'_, Todo>) {
+        while !todo.is_over {
             if let Some((file, pages)) = todo.next_run() {
-                MutexGuard::unlocked(&mut todo, || report(file.punch(pages.start, pages.end)));
+                MutexGuard::unlocked(todo, || report(file.punch(pages.start, pages.end)));
             } else if let Some(file) = todo.next_ended() {
                 // It closes the file too, and then the tmpfs of the last one.
-                MutexGuard::unlocked(&mut todo, || {
+                MutexGuard::unlocked(todo, || {
                     report(file.empty());
                     drop(file);
                 });
             } else {
-                self.changed.wait(&mut todo);
-                continue;
+                return;
             }
             todo.running = None;
             self.changed.notify_all();
