@@ -232,8 +232,11 @@ impl Prepared {
 }
 
 fn local_backend(config: &Config) -> Result<Arc<dyn Backend>, ServeError> {
+    // What a session may write, and as much that it was asked back a moment ago.
+    let arena_pages = (2 * WRITABLE_PAGES_MAX as u64).min(config.frames_max().into());
     let local = LocalConfig {
         force: config.force,
+        arena_size_max_bytes: Some(arena_pages * PAGE_SIZE_U64),
         class_size_max_bytes: Some(u64::from(config.frames_max()) * PAGE_SIZE_U64),
         ..LocalConfig::default()
     };
