@@ -138,12 +138,16 @@ impl XenBackend {
         self.tables.retry_left_over(&mut left);
         self.left.lock().clone_from(&left);
         let domains = self.domains.read();
+        let mut lost = 0_u32;
         for frame in domains.there().flat_map(CacheDomain::frames) {
             let (domain, within) = domains.of(frame)?;
             let records = domain.records()?;
             match (records.get(within), left.binary_search(&frame)) {
                 (Found::Nothing, Err(_)) => {}
-                (_, Err(_)) => records.clear(within),
+                (found, Err(_)) => {
+                    lost += u32::from(matches!(found, Found::Record(record) if record.is_dirty));
+                    records.clear(within);
+                }
                 (Found::Record(record), Ok(_)) => {
                     tracing::info!(?record, "a frame is mapped since an earlier life");
                 }
@@ -155,6 +159,12 @@ impl XenBackend {
                     );
                 }
             }
+        }
+        if lost > 0 {
+            tracing::warn!(
+                frames = lost,
+                "what guests stored there and did not sync ended with the daemon"
+            );
         }
         Ok(())
     }
