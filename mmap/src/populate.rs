@@ -6,7 +6,6 @@ use crate::limits::{POPULATE_TRIES_MAX, WINDOW_PAGES_MAX};
 use crate::mapped::Form;
 use crate::mapping::{Mapping, PageError};
 use crate::pager::told::Told;
-use crate::pager::worker::Job;
 use crate::stamp::Stamp;
 use crate::uffd::Mode;
 use copage_coherence::msg::{FaultHint, PageRange, Reply, Request};
@@ -172,12 +171,7 @@ impl Mapping {
 
     /// Waits until what the worker was told to do with mappings is done.
     fn settle(&self) -> Result<()> {
-        let shared = self.client.shared();
-        let (tell, told) = crossbeam_channel::bounded(1);
-        let _ = shared.jobs.send(Job::Again(tell));
-        if told.recv().is_err() {
-            return Err(shared.line.lost_error());
-        }
+        self.client.shared().settle()?;
         self.check_refused()
     }
 

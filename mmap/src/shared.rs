@@ -85,6 +85,13 @@ impl Shared {
         }
     }
 
+    /// Waits until the worker has done what it was told to do by now.
+    pub(crate) fn settle(&self) -> Result<()> {
+        let (tell, told) = crossbeam_channel::bounded(1);
+        let _ = self.jobs.send(Job::Again(tell));
+        told.recv().map(|_| ()).map_err(|_| self.line.lost_error())
+    }
+
     /// Hands something to the pager. Never waits, never fails: a pager that has ended has nobody to
     /// tell.
     pub(crate) fn tell(&self, told: Told) {

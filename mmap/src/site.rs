@@ -12,6 +12,7 @@ use crate::session::Session;
 use crate::stamp::SessionNo;
 use copage_coherence::msg::{FileToken, GrantedPlace, Reply, Request};
 use std::collections::HashMap;
+use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Weak};
 
@@ -171,6 +172,28 @@ impl Site {
             next.held.lock().stored = true;
         }
         lost
+    }
+}
+
+/// Pages that are mapped for writing as long as this lives.
+pub(crate) struct Hold {
+    site: Arc<Site>,
+    pages: Range<u64>,
+}
+
+impl Hold {
+    pub(crate) fn new(site: &Arc<Site>, pages: Range<u64>) -> Self {
+        site.hold(pages.clone());
+        Self {
+            site: Arc::clone(site),
+            pages,
+        }
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.site.let_go(self.pages.clone());
     }
 }
 

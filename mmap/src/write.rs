@@ -93,6 +93,10 @@ impl File {
     pub fn sync(&self) -> Result<()> {
         self.client().shared().in_session(|session| {
             let file = self.inner().token(session)?;
+            if self.inner().content.lock().stamp.session() < session.number() {
+                // The worker is about to show what there is now, and sees what is lost.
+                self.client().shared().settle()?;
+            }
             if self.inner().take_lost() {
                 return Err(MmapError::WritesLost);
             }

@@ -5,36 +5,53 @@
 //!
 //! The device is opened read-only. The kernel then takes VM_MAYWRITE from every mapping of it, so
 //! that not even mprotect(2) makes one writable: on PVH a store through a writable mapping of a
-//! read-only grant does not fault, the hypervisor drops it silently. Nothing is mapped executable: a
+//! read-only grant does not fault, the hypervisor drops it silently. Batches for writing are of another
+//! descriptor; the hypervisor refuses to map an entry for writing that is for reading. Nothing is mapped executable: a
 //! jump into a granted page crashes a PVH guest, so nothing is mapped at all by a thread whose
 //! personality would add PROT_EXEC.
 
 use crate::limits::WINDOW_PAGES_MAX;
 use crate::sys::{Protection, Region, read_implies_exec};
-use copage_grants::PAGE_SIZE;
+use copage_grants::{Access, PAGE_SIZE};
 use rustix::fs::{Mode, OFlags};
 use std::ffi::{c_int, c_ulong};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::OnceLock;
+
+/// A batch that was announced.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Batch {
+    /// The kernel's index, one of those of its descriptor.
+    pub(crate) index: u64,
+    pub(crate) pages: usize,
+    pub(crate) access: Access,
+}
+
+pub(super) fn protection(access: Access) -> Protection {
+    match access {
+        Access::ReadOnly => Protection::Read,
+        Access::ReadWrite => Protection::ReadWrite,
+    }
+}
 
 /// What maps grants: the kernel's device, or in tests a stand-in made of memfd pages.
 ///
 /// A batch is first announced, then mapped whole, at most once, then forgotten. Its entries are in use
 /// until both its memory is unmapped and it is forgotten. No call waits for the pager.
 pub(crate) trait Device: Send + Sync {
-    /// Names a batch of `granter`'s entries, 1 to 512; nothing is mapped yet. The number is the
-    /// kernel's index.
-    fn announce(&self, granter: u16, refs: &[u32]) -> io::Result<u64>;
+    /// Names a batch of `granter`'s entries, 1 to 512, to be mapped in this way; nothing is mapped yet.
+    fn announce(&self, granter: u16, refs: &[u32], access: Access) -> io::Result<Batch>;
 
-    /// Maps a batch, read-only, where the kernel likes. EINVAL: an entry is not (or no longer) for us,
-    /// or the hypervisor can track no more mappings; nothing is mapped then.
-    fn map(&self, index: u64, pages: usize) -> io::Result<Region>;
+    /// Maps a batch where the kernel likes. EINVAL: an entry is not (or no longer) for us, or not for
+    /// writing, or the hypervisor can track no more mappings; nothing is mapped then.
+    fn map(&self, batch: Batch) -> io::Result<Region>;
 
     /// Maps a batch over the pages at `at` of `region`. On error they may be unmapped.
-    fn map_over(&self, index: u64, pages: usize, region: &Region, at: usize) -> io::Result<()>;
+    fn map_over(&self, batch: Batch, region: &Region, at: usize) -> io::Result<()>;
 
     /// Lets go of a batch.
-    fn forget(&self, index: u64, pages: usize) -> io::Result<()>;
+    fn forget(&self, batch: Batch) -> io::Result<()>;
 
     /// Copies pages that `granter` granted into memory of our own; nothing stays mapped. EINVAL as
     /// with [`Self::map`].
@@ -119,6 +136,8 @@ const _: () = assert!(GRANT_COPY == 0x0010_4708);
 /// The kernel's device.
 pub(crate) struct Gntdev {
     fd: OwnedFd,
+    /// Opened for writing too, from the first batch on that wants it.
+    writing: OnceLock<OwnedFd>,
     movable: bool,
 }
 
@@ -148,17 +167,34 @@ impl Gntdev {
         // What cannot be told is taken for PV, where nothing may be moved.
         let kind = std::fs::read_to_string("/sys/hypervisor/guest_type").unwrap_or_default();
         let movable = matches!(kind.trim(), "PVH" | "HVM");
-        Ok(Self { fd, movable })
+        Ok(Self {
+            fd,
+            writing: OnceLock::new(),
+            movable,
+        })
+    }
+
+    /// The descriptor for batches that are mapped in this way.
+    fn fd(&self, access: Access) -> io::Result<BorrowedFd<'_>> {
+        if access == Access::ReadOnly {
+            return Ok(self.fd.as_fd());
+        }
+        if self.writing.get().is_none() {
+            let flags = OFlags::RDWR | OFlags::CLOEXEC;
+            let opened = rustix::fs::open(PATH, flags, Mode::empty())?;
+            // Another thread's, if it was quicker.
+            let _ = self.writing.set(opened);
+        }
+        self.writing.get().map(AsFd::as_fd).ok_or_else(invalid)
     }
 
     /// # Safety
     /// `T` must be what uapi xen/gntdev.h gives for `request`, and what it points to must live.
-    unsafe fn ioctl<T>(&self, request: u64, argument: &mut T) -> io::Result<()> {
+    unsafe fn ioctl<T>(fd: BorrowedFd<'_>, request: u64, argument: &mut T) -> io::Result<()> {
         let pointer: *mut T = argument;
         // SAFETY: `pointer` is a live, exclusive `T` for the whole call, which is what the kernel
         // reads and writes for `request` (this function's contract).
-        let result: c_int =
-            unsafe { libc::ioctl(self.fd.as_raw_fd(), request as c_ulong, pointer) };
+        let result: c_int = unsafe { libc::ioctl(fd.as_raw_fd(), request as c_ulong, pointer) };
         if result < 0 {
             Err(io::Error::last_os_error())
         } else {
@@ -168,7 +204,8 @@ impl Gntdev {
 }
 
 impl Device for Gntdev {
-    fn announce(&self, granter: u16, refs: &[u32]) -> io::Result<u64> {
+    fn announce(&self, granter: u16, refs: &[u32], access: Access) -> io::Result<Batch> {
+        let fd = self.fd(access)?;
         if refs.is_empty() || refs.len() > REFS_MAX {
             return Err(invalid());
         }
@@ -186,37 +223,41 @@ impl Device for Gntdev {
             };
         }
         // SAFETY: MAP_GRANT_REF takes `struct ioctl_gntdev_map_grant_ref` with `count` refs.
-        unsafe { self.ioctl(MAP_GRANT_REF, &mut *argument) }?;
-        Ok(argument.index)
+        unsafe { Self::ioctl(fd, MAP_GRANT_REF, &mut *argument) }?;
+        Ok(Batch {
+            index: argument.index,
+            pages: refs.len(),
+            access,
+        })
     }
 
-    fn map(&self, index: u64, pages: usize) -> io::Result<Region> {
+    fn map(&self, batch: Batch) -> io::Result<Region> {
         if read_implies_exec() {
             return Err(io::Error::from_raw_os_error(libc::EACCES));
         }
-        Region::shared(self.fd.as_fd(), index, pages * PAGE_SIZE, Protection::Read)
+        let fd = self.fd(batch.access)?;
+        let bytes = batch.pages * PAGE_SIZE;
+        Region::shared(fd, batch.index, bytes, protection(batch.access))
     }
 
-    fn map_over(&self, index: u64, pages: usize, region: &Region, at: usize) -> io::Result<()> {
+    fn map_over(&self, batch: Batch, region: &Region, at: usize) -> io::Result<()> {
         if read_implies_exec() {
             return Err(io::Error::from_raw_os_error(libc::EACCES));
         }
-        region.overlay(
-            at,
-            pages * PAGE_SIZE,
-            (self.fd.as_fd(), index),
-            Protection::Read,
-        )
+        let from = (self.fd(batch.access)?, batch.index);
+        let bytes = batch.pages * PAGE_SIZE;
+        region.overlay(at, bytes, from, protection(batch.access))
     }
 
-    fn forget(&self, index: u64, pages: usize) -> io::Result<()> {
+    fn forget(&self, batch: Batch) -> io::Result<()> {
+        let fd = self.fd(batch.access)?;
         let mut argument = GntdevUnmap {
-            index,
-            count: u32::try_from(pages).map_err(|_| invalid())?,
+            index: batch.index,
+            count: u32::try_from(batch.pages).map_err(|_| invalid())?,
             pad: 0,
         };
         // SAFETY: UNMAP_GRANT_REF takes `struct ioctl_gntdev_unmap_grant_ref`.
-        unsafe { self.ioctl(UNMAP_GRANT_REF, &mut argument) }
+        unsafe { Self::ioctl(fd, UNMAP_GRANT_REF, &mut argument) }
     }
 
     fn copy(&self, granter: u16, refs: &[u32], to: &mut [[u8; PAGE_SIZE]]) -> io::Result<()> {
@@ -241,9 +282,10 @@ impl Device for Gntdev {
             count: segments.len() as u32,
             segments: segments.as_mut_ptr().expose_provenance() as u64,
         };
+        let fd = self.fd.as_fd();
         // SAFETY: GRANT_COPY takes `struct ioctl_gntdev_grant_copy`; `segments` are `count` structs of
         // the header's, each with a page of `to`, exclusively ours, to be written.
-        unsafe { self.ioctl(GRANT_COPY, &mut argument) }?;
+        unsafe { Self::ioctl(fd, GRANT_COPY, &mut argument) }?;
         if segments.iter().all(|s| s.status == STATUS_OKAY) {
             Ok(())
         } else {

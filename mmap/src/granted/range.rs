@@ -6,6 +6,8 @@ use crate::error::MmapError;
 use crate::mapped::{Form, Mapped, Ops, scratch, span};
 use crate::pager::told::Told;
 use crate::shared::Shared;
+use crate::site::Hold;
+use copage_grants::Access;
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
@@ -228,16 +230,28 @@ impl Mapped {
         // `clip` saw that the run lies in the batch.
         let skip = (self.first_page() + run.start as u64 - job.pages.first) as usize;
         let refs = &job.refs[skip..skip + run.len()];
+        // One that may be stored to is mapped so, else not, whatever the grant allows.
+        let access = match self.form() {
+            Form::Write => Access::ReadWrite,
+            Form::Read | Form::Own => Access::ReadOnly,
+        };
+        // Before a store can come.
+        let hold = ops.site.as_ref().filter(|_| self.form() == Form::Write);
+        let pages = self.first_page() + run.start as u64..self.first_page() + run.end as u64;
+        let hold = hold.map(|site| Hold::new(site, pages));
         let placed = Window::place(
             &granted.device,
             &granted.held,
-            (job.granter, refs),
+            (job.granter, refs, access),
             region,
             span(run.start),
             || granted.still(job),
         );
         match placed {
-            Ok(window) => {
+            Ok(mut window) => {
+                if let Some(hold) = hold {
+                    window.keep(hold);
+                }
                 granted.remember(self, run.start, &window);
                 ops.windows.by_first.insert(run.start, window);
                 MapOutcome::Done
@@ -374,7 +388,7 @@ mod tests {
             let window = Window::place(
                 &dyn_device,
                 &held,
-                (StandIn::GRANTER, &refs),
+                (StandIn::GRANTER, &refs, Access::ReadOnly),
                 &region,
                 span(range.start),
                 || true,

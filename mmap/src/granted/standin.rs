@@ -2,9 +2,9 @@
 //! logic, not isolation. A frame that is revoked is filled with garbage and used again soon, so that
 //! whoever maps it still, or maps its number under the old meaning, reads wrong bytes.
 
-use super::device::Device;
-use crate::sys::{Protection, Region};
-use copage_grants::PAGE_SIZE;
+use super::device::{Batch, Device, protection};
+use crate::sys::Region;
+use copage_grants::{Access, PAGE_SIZE};
 use parking_lot::{Condvar, Mutex};
 use rustix::fs::{MemfdFlags, memfd_create};
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -22,6 +22,8 @@ const FRAMES: u64 = 16_384;
 struct Entry {
     frame: u64,
     permit: bool,
+    /// Not GTF_readonly.
+    writable: bool,
     /// GTF_reading, counted.
     mapped: u32,
     /// Of a daemon that is gone: free when it is out of use.
@@ -46,6 +48,8 @@ struct State {
     failing: u32,
     /// Entries that cannot be mapped though they are granted: of these pages.
     bad: HashSet<u64>,
+    /// What guests stored, of pages that are not granted, where that is kept.
+    kept: Option<HashMap<u64, Vec<u8>>>,
 }
 
 pub(crate) struct StandIn {
@@ -95,9 +99,37 @@ impl StandIn {
     }
 
     fn fill(&self, frame: u64, word: u64) {
-        let page = word.to_le_bytes().repeat(PAGE_SIZE / 8);
-        let wrote = rustix::io::pwrite(&self.frames, &page, frame * PAGE_SIZE as u64);
+        self.put(frame, &word.to_le_bytes().repeat(PAGE_SIZE / 8));
+    }
+
+    fn put(&self, frame: u64, page: &[u8]) {
+        let wrote = rustix::io::pwrite(&self.frames, page, frame * PAGE_SIZE as u64);
         assert_eq!(wrote.unwrap(), PAGE_SIZE);
+    }
+
+    /// From now on what is in a page when it is revoked is there when it is granted again.
+    pub(crate) fn keep(&self) {
+        self.state.lock().kept = Some(HashMap::new());
+    }
+
+    /// As another guest: changes a page, unless it is granted.
+    pub(crate) fn change(&self, page: u64, change: impl FnOnce(&mut [u8])) -> bool {
+        let mut state = self.state.lock();
+        if state.pages.keys().any(|(_, granted)| *granted == page) {
+            return false;
+        }
+        let first = content(1, page).to_le_bytes().repeat(PAGE_SIZE / 8);
+        let kept = state.kept.get_or_insert_default();
+        change(kept.entry(page).or_insert(first));
+        true
+    }
+
+    /// Lets entries be mapped for writing.
+    pub(crate) fn let_write(&self, refs: &[u32]) {
+        let mut state = self.state.lock();
+        for gref in refs {
+            state.entries[*gref as usize].writable = true;
+        }
     }
 
     /// Grants pages as a daemon does: those that are granted keep their entries. Fewer than asked
@@ -129,7 +161,10 @@ impl StandIn {
                     }
                     state.used_frames.insert(frame);
                     state.next_frame = frame + 1;
-                    self.fill(frame, content(shown, page));
+                    match state.kept.as_mut().and_then(|kept| kept.remove(&page)) {
+                        Some(bytes) => self.put(frame, &bytes),
+                        None => self.fill(frame, content(shown, page)),
+                    }
                     let gref = state.free.pop().unwrap_or_else(|| {
                         state.entries.push(Entry::default());
                         state.entries.len() as u32 - 1
@@ -137,6 +172,7 @@ impl StandIn {
                     state.entries[gref as usize] = Entry {
                         frame,
                         permit: true,
+                        writable: false,
                         mapped: 0,
                         orphan: false,
                     };
@@ -165,6 +201,12 @@ impl StandIn {
             let entry = &mut state.entries[gref as usize];
             if entry.mapped > 0 {
                 continue;
+            }
+            if let Some(kept) = &mut state.kept {
+                let mut bytes = vec![0; PAGE_SIZE];
+                let at = entry.frame * PAGE_SIZE as u64;
+                rustix::io::pread(&self.frames, &mut bytes, at).unwrap();
+                kept.insert(key.1, bytes);
             }
             self.free(state, gref);
             state.pages.remove(&key);
@@ -257,7 +299,12 @@ impl StandIn {
     }
 
     /// The frame where a batch begins, and its entries in use from here on.
-    fn use_batch(&self, index: u64, pages: usize) -> io::Result<u64> {
+    fn use_batch(&self, batch: Batch) -> io::Result<u64> {
+        let Batch {
+            index,
+            pages,
+            access,
+        } = batch;
         let mut state = self.state.lock();
         let state = &mut *state;
         if state.failing > 0 {
@@ -283,7 +330,8 @@ impl StandIn {
         // An entry that is in use may be mapped again whatever its permission is.
         let allowed = |gref: &u32| {
             let entry = &state.entries[*gref as usize];
-            entry.permit && !bad.contains(gref) || entry.mapped > 0
+            let may_write = entry.writable || access == Access::ReadOnly;
+            may_write && (entry.permit && !bad.contains(gref) || entry.mapped > 0)
         };
         if full || !refs.iter().all(allowed) {
             self.refused.fetch_add(1, Ordering::SeqCst);
@@ -310,43 +358,41 @@ impl StandIn {
 }
 
 impl Device for StandIn {
-    fn announce(&self, granter: u16, refs: &[u32]) -> io::Result<u64> {
+    fn announce(&self, granter: u16, refs: &[u32], access: Access) -> io::Result<Batch> {
         assert_eq!(granter, Self::GRANTER);
         let mut state = self.state.lock();
         state.next_index += 1;
         let index = state.next_index;
         state.batches.insert(index, (refs.to_vec(), false));
-        Ok(index)
+        Ok(Batch {
+            index,
+            pages: refs.len(),
+            access,
+        })
     }
 
-    fn map(&self, index: u64, pages: usize) -> io::Result<Region> {
+    fn map(&self, batch: Batch) -> io::Result<Region> {
         {
             let mut held = self.held.lock();
             while *held {
                 self.let_go.wait(&mut held);
             }
         }
-        let offset = self.use_batch(index, pages)?;
-        Region::shared(
-            self.frames.as_fd(),
-            offset,
-            pages * PAGE_SIZE,
-            Protection::Read,
-        )
+        let offset = self.use_batch(batch)?;
+        let bytes = batch.pages * PAGE_SIZE;
+        Region::shared(self.frames.as_fd(), offset, bytes, protection(batch.access))
     }
 
-    fn map_over(&self, index: u64, pages: usize, region: &Region, at: usize) -> io::Result<()> {
-        let offset = self.use_batch(index, pages)?;
+    fn map_over(&self, batch: Batch, region: &Region, at: usize) -> io::Result<()> {
+        let offset = self.use_batch(batch)?;
         self.overlays.fetch_add(1, Ordering::SeqCst);
-        region.overlay(
-            at,
-            pages * PAGE_SIZE,
-            (self.frames.as_fd(), offset),
-            Protection::Read,
-        )
+        let from = (self.frames.as_fd(), offset);
+        let bytes = batch.pages * PAGE_SIZE;
+        region.overlay(at, bytes, from, protection(batch.access))
     }
 
-    fn forget(&self, index: u64, pages: usize) -> io::Result<()> {
+    fn forget(&self, batch: Batch) -> io::Result<()> {
+        let Batch { index, pages, .. } = batch;
         let mut state = self.state.lock();
         let state = &mut *state;
         let (refs, mapped) = state.batches.remove(&index).ok_or_else(einval)?;

@@ -1,7 +1,9 @@
 //! One batch of grants that is mapped, and how it comes to lie over a range that others read.
 
-use super::device::Device;
+use super::device::{Batch, Device};
+use crate::site::Hold;
 use crate::sys::Region;
+use copage_grants::Access;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -21,11 +23,12 @@ pub(crate) struct Held {
 /// after that may anybody be told so.
 pub(crate) struct Window {
     device: Arc<dyn Device>,
-    index: u64,
-    pages: usize,
+    batch: Batch,
     held: Arc<Held>,
     /// Lives as long as the window, for who remembers its age.
     alive: Arc<()>,
+    /// Stores to it are the file's: dropped when they can come no more.
+    hold: Option<Hold>,
 }
 
 /// Why a batch was not placed.
@@ -43,23 +46,27 @@ impl Window {
     fn announce(
         device: &Arc<dyn Device>,
         held: &Arc<Held>,
-        granter: u16,
-        refs: &[u32],
+        (granter, refs, access): (u16, &[u32], Access),
     ) -> io::Result<Self> {
-        let index = device.announce(granter, refs)?;
+        let batch = device.announce(granter, refs, access)?;
         held.windows.fetch_add(1, Ordering::Relaxed);
         held.pages.fetch_add(refs.len(), Ordering::Relaxed);
         Ok(Self {
             device: Arc::clone(device),
-            index,
-            pages: refs.len(),
+            batch,
             held: Arc::clone(held),
             alive: Arc::new(()),
+            hold: None,
         })
     }
 
     pub(crate) fn pages(&self) -> usize {
-        self.pages
+        self.batch.pages
+    }
+
+    /// Keeps what says that its pages may be stored to.
+    pub(crate) fn keep(&mut self, hold: Hold) {
+        self.hold = Some(hold);
     }
 
     pub(crate) fn alive(&self) -> &Arc<()> {
@@ -72,15 +79,16 @@ impl Window {
     pub(crate) fn place(
         device: &Arc<dyn Device>,
         held: &Arc<Held>,
-        (granter, refs): (u16, &[u32]),
+        entries: (u16, &[u32], Access),
         region: &Region,
         at: usize,
         still: impl FnOnce() -> bool,
     ) -> Result<Self, NotPlaced> {
         use NotPlaced::{Late, Torn, Untouched};
-        let trial = Self::announce(device, held, granter, refs).map_err(Untouched)?;
+        let announce = || Self::announce(device, held, entries).map_err(Untouched);
+        let trial = announce()?;
         // Dropped before `trial`, whose memory it is.
-        let memory = device.map(trial.index, refs.len()).map_err(Untouched)?;
+        let memory = device.map(trial.batch).map_err(Untouched)?;
         if !still() {
             drop(memory);
             return Err(Late);
@@ -91,19 +99,18 @@ impl Window {
         }
         // While the trial is mapped the hypervisor lets the same domain map these entries again,
         // whatever becomes of them.
-        if held.pages.load(Ordering::Relaxed) + refs.len() > held.proven.load(Ordering::Relaxed) {
+        if held.pages.load(Ordering::Relaxed) + trial.pages() > held.proven.load(Ordering::Relaxed)
+        {
             // So many never were: a second trial, because what fails over the range leaves a hole there.
-            let second = Self::announce(device, held, granter, refs).map_err(Untouched)?;
-            let mapped = device.map(second.index, refs.len()).map_err(Untouched)?;
+            let second = announce()?;
+            let mapped = device.map(second.batch).map_err(Untouched)?;
             let pages = held.pages.load(Ordering::Relaxed);
             held.proven.fetch_max(pages, Ordering::Relaxed);
             // Before `second`, whose memory it is.
             drop(mapped);
         }
-        let window = Self::announce(device, held, granter, refs).map_err(Untouched)?;
-        device
-            .map_over(window.index, refs.len(), region, at)
-            .map_err(Torn)?;
+        let window = announce()?;
+        device.map_over(window.batch, region, at).map_err(Torn)?;
         drop(memory);
         Ok(window)
     }
@@ -111,10 +118,12 @@ impl Window {
 
 impl Drop for Window {
     fn drop(&mut self) {
-        if let Err(error) = self.device.forget(self.index, self.pages) {
+        if let Err(error) = self.device.forget(self.batch) {
             tracing::warn!(%error, "a batch of grants could not be let go of");
         }
         self.held.windows.fetch_sub(1, Ordering::Relaxed);
-        self.held.pages.fetch_sub(self.pages, Ordering::Relaxed);
+        self.held
+            .pages
+            .fetch_sub(self.batch.pages, Ordering::Relaxed);
     }
 }

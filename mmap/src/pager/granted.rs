@@ -11,7 +11,7 @@ use crate::granted::{Brought, Cover, MapJob, MapOutcome, Pages};
 use crate::limits::MAP_TRIES_MAX;
 use crate::mapped::{Form, Mapped};
 use copage_coherence::msg::{FaultHint, PageRange, Request};
-use copage_grants::{DomId, PageIndex};
+use copage_grants::{Access, DomId, PageIndex};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -156,15 +156,17 @@ impl Pager {
         number: u64,
         mut flight: InFlight,
         range: PageRange,
-        DomId(granter): DomId,
+        (DomId(granter), access): (DomId, Access),
         refs: &[u8],
     ) {
         let first = range.first.0;
         let granted = first..first.saturating_add(range.count.into());
         let refs = refs.chunks_exact(4);
         // It may begin before what was asked for; what was not asked for is not looked at.
-        if !granted.contains(&flight.first) || refs.len() != range.count as usize {
-            let text = "granted, but not the page that was asked for, or without its references";
+        let enough = access == Access::ReadWrite || flight.access == Access::ReadOnly;
+        if !granted.contains(&flight.first) || refs.len() != range.count as usize || !enough {
+            let text = "granted, but not the page that was asked for, not as it was, or without its \
+                        references";
             return self.refused(flight, &MmapError::Protocol(text.into()));
         }
         let skip = (flight.first - first) as usize;

@@ -197,9 +197,10 @@ impl Pager {
                 range,
                 granter,
                 refs,
+                access,
                 ..
             }) if flight.file.granted() => {
-                self.granted_refs(number, flight, range, granter, refs);
+                self.granted_refs(number, flight, range, (granter, access), refs);
             }
             Ok(Reply::Granted {
                 range,

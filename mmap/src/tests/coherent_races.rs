@@ -7,7 +7,7 @@ use super::*;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// Adds 1 to a page's first word.
-fn add(mapping: &Mapping, page: usize) -> u64 {
+pub(super) fn add(mapping: &Mapping, page: usize) -> u64 {
     assert!(mapping.is_writable() && page * PAGE_SIZE < mapping.len());
     let at = mapping
         .as_ptr()

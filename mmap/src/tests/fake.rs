@@ -45,6 +45,14 @@ impl Fake {
         fake
     }
 
+    /// The same, sharing by grants.
+    pub(super) fn start_coherent_granted(bytes: u64, movable: bool) -> (Arc<Self>, Arc<StandIn>) {
+        let (fake, standin) = Self::start_granted(bytes, movable);
+        standin.keep();
+        fake.state.lock().coherent = Some(Coherent::new(bytes));
+        (fake, standin)
+    }
+
     /// Asks for pages of the newest content back.
     pub(super) fn take_back(&self, recall: u64, first: u64, count: u32) {
         let (generation, token) = {

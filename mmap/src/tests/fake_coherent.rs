@@ -1,7 +1,8 @@
 //! A `coherent` file of the fake daemon: its disk, its home, and this guest's arena. Other guests are what a
 //! test does by itself.
 
-use super::fake_files::{Said, State, word};
+use super::fake_files::{Said, Seen, State, word};
+use crate::granted::standin::StandIn;
 use copage_coherence::msg::{Generation, GrantedPlace, PageRange, Reply, Request};
 use copage_grants::{Access, DomId, PAGE_SIZE, PageIndex, Version, pages_for};
 use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate, memfd_create};
@@ -156,6 +157,26 @@ impl State {
         if first >= end {
             return error(libc::EINVAL, b"past the end of the file");
         }
+        if let Some(standin) = &self.standin {
+            let refs = standin.grant(self.newest, self.content(), first, (end - first) as usize);
+            if access == Access::ReadWrite {
+                standin.let_write(&refs);
+            }
+            let bytes: Vec<u8> = refs.iter().flat_map(|r| r.to_le_bytes()).collect();
+            let granted = Reply::Granted {
+                generation,
+                range: PageRange {
+                    first: PageIndex(first),
+                    count: refs.len() as u32,
+                },
+                granter: DomId(StandIn::GRANTER),
+                refs: bytes.leak(),
+                access,
+                place: GrantedPlace::Home,
+                version: Version(1),
+            };
+            return Some((granted, None));
+        }
         let coherent = self.coherent();
         if access == Access::ReadWrite && (first..end).any(|page| coherent.full.contains(&page)) {
             return error(libc::ENOSPC, b"no space");
@@ -219,15 +240,22 @@ impl State {
                 generation,
                 range,
                 access,
+                hint,
                 ..
             } if generation.0 == self.newest && !self.stuck => {
                 let first = range.first.0;
                 if (first..first + u64::from(range.count)).any(|page| self.bad.contains(&page)) {
                     return None;
                 }
+                self.seen.push(Seen::Fault {
+                    generation: generation.0,
+                    first,
+                    count: range.count,
+                    hint,
+                });
                 Some(self.grant(range, generation, access))
             }
-            Request::Unmapped { range, .. } => {
+            Request::Unmapped { range, .. } if self.standin.is_none() => {
                 for page in range.first.0..range.first.0 + u64::from(range.count) {
                     let coherent = self.coherent();
                     coherent.take(page);

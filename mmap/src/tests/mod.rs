@@ -5,6 +5,7 @@
 //! full or slow machine does, kernels other than this one, and anything of Xen.
 
 mod coherent;
+mod coherent_granted;
 mod coherent_races;
 mod fake;
 mod fake_coherent;
