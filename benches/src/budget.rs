@@ -63,14 +63,7 @@ fn one(setting: &Setting, file: &TestFile, share: u64, rows: &mut Vec<Row>) -> R
     let mut used_most = 0;
     let [copage, direct, buffered] = interleaved::<3>(sizes.reps_long.min(3), |side, rep| {
         if side == 0 {
-            let daemon = Daemon::start(
-                setting,
-                &dir,
-                DaemonOptions {
-                    frames_mib,
-                    huge: true,
-                },
-            )?;
+            let daemon = Daemon::start(setting, &dir, DaemonOptions::ro(frames_mib, true))?;
             let client = daemon.connect()?;
             let (_open, mapping) = daemon::map(&client, file.name())?;
             let rate = measure(side, rep, mapping.as_volatile());

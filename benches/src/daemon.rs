@@ -24,6 +24,31 @@ pub struct DaemonOptions {
     pub frames_mib: u64,
     /// Back frames by 2 MiB ones.
     pub huge: bool,
+    /// Of the export.
+    pub mode: Mode,
+    /// Take pages back without asking.
+    pub force: bool,
+}
+
+/// What guests may do with the export.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Read.
+    Ro,
+    /// Write, all the same file.
+    Coherent,
+}
+
+impl DaemonOptions {
+    /// A read-only export with so large a budget.
+    pub fn ro(frames_mib: u64, huge: bool) -> Self {
+        Self {
+            frames_mib,
+            huge,
+            mode: Mode::Ro,
+            force: true,
+        }
+    }
 }
 
 /// A running daemon; stopped when dropped.
@@ -123,12 +148,26 @@ impl Drop for Daemon {
 fn config_text(dir: &Path, options: DaemonOptions) -> String {
     // A TOML string and a JSON string are written alike.
     let path = serde_json::Value::from(dir.to_string_lossy());
+    let mode = match options.mode {
+        Mode::Ro => "ro",
+        Mode::Coherent => "coherent",
+    };
     format!(
-        "frames_mib = {}\nhuge = {}\n\
+        "frames_mib = {}\nhuge = {}\nforce = {}\n\
          [limits]\ngrants_max = 4000000\npinned_mib = {}\n\
-         [[export]]\nname = \"{EXPORT}\"\npath = {path}\nmode = \"ro\"\nallow = [\"*\"]\n",
-        options.frames_mib, options.huge, options.frames_mib,
+         [[export]]\nname = \"{EXPORT}\"\npath = {path}\nmode = \"{mode}\"\nallow = [\"*\"]\n",
+        options.frames_mib, options.huge, options.force, options.frames_mib,
     )
+}
+
+/// The same to be written.
+pub fn map_writable(client: &Client, name: &str) -> Result<Mapping> {
+    let node = client.attach(EXPORT)?.root().lookup(name.as_bytes())?;
+    let file = node.open_for_writing(OpenHow::Map)?;
+    Ok(file.map(&MapOptions {
+        writable: true,
+        ..MapOptions::shared()
+    })?)
 }
 
 /// Opens and maps `name` of the export in a session.

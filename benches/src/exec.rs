@@ -43,10 +43,7 @@ pub fn run(setting: &Setting, rows: &mut Vec<Row>) -> Result<()> {
         .as_ref()
         .map(|t| t.path())
         .map_err(|e| format!("{e:#}"));
-    let options = DaemonOptions {
-        frames_mib: 256,
-        huge: true,
-    };
+    let options = DaemonOptions::ro(256, true);
     let daemon = Daemon::start(setting, &dir, options)?;
     through_mount(setting, &daemon, &program, &flat, &tmpfs, rows)?;
     // The command's own export is rooted where the program's paths are.

@@ -17,10 +17,7 @@ const NAME: &str = "fault";
 pub fn run(setting: &Setting, rows: &mut Vec<Row>) -> Result<()> {
     let dir = setting.subdir("fault")?;
     let file = TestFile::make(&dir, "file", setting.sizes.touch_pages, 31)?;
-    let options = DaemonOptions {
-        frames_mib: 2 * (file.pages / PAGES_PER_MIB).max(4),
-        huge: true,
-    };
+    let options = DaemonOptions::ro(2 * (file.pages / PAGES_PER_MIB).max(4), true);
     for guests in [1, 4] {
         let daemon = Daemon::start(setting, &dir, options)?;
         latency(setting, &daemon, &file, guests, rows)?;

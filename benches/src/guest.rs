@@ -6,7 +6,7 @@ use crate::pattern::Random;
 use crate::process::Faults;
 use crate::reader;
 use crate::role::{self, Role};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use copage_mmap::native::NativeMapping;
 use copage_mmap::{Client, ConnectOptions, Mapping};
 use serde::{Deserialize, Serialize};
@@ -33,6 +33,30 @@ pub enum Order {
     MapNative {
         /// Where it is.
         path: PathBuf,
+    },
+    /// Opens and maps a file of the export to be written, touching nothing.
+    MapWritable {
+        /// Its name.
+        name: String,
+    },
+    /// Maps a file of the host to be written instead.
+    MapNativeWritable {
+        /// Where it is.
+        path: PathBuf,
+    },
+    /// Stores to the first word of each page, and times each: see [`stored_sum`].
+    StoreEach {
+        /// What, together with the page's number.
+        value: u64,
+    },
+    /// Reads the first word of each page, and times each.
+    TouchEach,
+    /// Stores to one word again and again.
+    StoreLoop {
+        /// Where, in bytes.
+        offset: usize,
+        /// How often.
+        stores: u64,
     },
     /// Has every page granted and mapped.
     Populate,
@@ -155,6 +179,16 @@ impl Drop for Guest {
     }
 }
 
+/// What `StoreEach` stores to a page.
+fn stored(value: u64, page: u64) -> u64 {
+    (value << 32) | page
+}
+
+/// What [`Order::Touch`] finds in so many pages after [`Order::StoreEach`].
+pub fn stored_sum(value: u64, pages: u64) -> u64 {
+    (0..pages).fold(0, |sum, page| sum.wrapping_add(stored(value, page)))
+}
+
 enum Mapped {
     Shared(Mapping),
     Native(NativeMapping),
@@ -181,6 +215,15 @@ impl State {
         Ok(self.mapped.as_ref().context("nothing is mapped")?.bytes())
     }
 
+    fn bytes_mut(&self) -> Result<copage_grants::volatile::VolatileBytesMut<'_>> {
+        let mapped = self.mapped.as_ref().context("nothing is mapped")?;
+        let bytes = match mapped {
+            Mapped::Shared(mapping) => mapping.as_volatile_mut(),
+            Mapped::Native(mapping) => mapping.as_volatile_mut(),
+        };
+        bytes.context("it is mapped to be read")
+    }
+
     fn work(&mut self, order: Order) -> Result<Answer> {
         let mut answer = Answer::default();
         match order {
@@ -201,6 +244,38 @@ impl State {
                 Mapped::Shared(mapping) => mapping.populate(0..mapping.len())?,
                 Mapped::Native(_) => bail!("a native mapping"),
             },
+            Order::MapWritable { name } => {
+                let client = self.client.as_ref().context("no session")?;
+                self.mapped = Some(Mapped::Shared(daemon::map_writable(client, &name)?));
+            }
+            Order::MapNativeWritable { path } => {
+                let file = std::fs::File::options().read(true).write(true).open(path)?;
+                self.mapped = Some(Mapped::Native(NativeMapping::writable(&file)?));
+            }
+            Order::StoreEach { value } => {
+                let bytes = self.bytes_mut()?;
+                for page in 0..bytes.len().div_ceil(copage_grants::PAGE_SIZE) {
+                    let begin = Instant::now();
+                    let at = page * copage_grants::PAGE_SIZE;
+                    let fits = bytes.write_u64(at, stored(value, page as u64));
+                    answer.latencies_ns.push(begin.elapsed().as_nanos() as u64);
+                    ensure!(fits, "no word at {at}");
+                }
+            }
+            Order::TouchEach => {
+                let bytes = self.bytes()?;
+                for page in 0..bytes.len().div_ceil(copage_grants::PAGE_SIZE) {
+                    let begin = Instant::now();
+                    let word = reader::touch(bytes, [page as u64]);
+                    answer.latencies_ns.push(begin.elapsed().as_nanos() as u64);
+                    answer.sum = answer.sum.wrapping_add(word);
+                }
+            }
+            Order::StoreLoop { offset, stores } => {
+                let bytes = self.bytes_mut()?;
+                let fit = (0..stores).all(|value| bytes.write_u64(offset, value));
+                ensure!(fit, "no word at {offset}");
+            }
             Order::Sum => answer.sum = reader::sum_all(self.bytes()?),
             Order::Touch => {
                 let bytes = self.bytes()?;

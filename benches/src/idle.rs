@@ -21,14 +21,7 @@ const FRAMES_MIB: u64 = 64;
 pub fn run(setting: &Setting, rows: &mut Vec<Row>) -> Result<()> {
     let dir = setting.subdir("idle")?;
     let file = TestFile::make(&dir, "file", 4 * PAGES_PER_MIB, 51)?;
-    let daemon = Daemon::start(
-        setting,
-        &dir,
-        DaemonOptions {
-            frames_mib: FRAMES_MIB,
-            huge: true,
-        },
-    )?;
+    let daemon = Daemon::start(setting, &dir, DaemonOptions::ro(FRAMES_MIB, true))?;
     let lease_ttl_ms = daemon.connect()?.welcome().lease_ttl_ms;
     let mut guests = Guest::spawn_connected(GUESTS, &daemon.socket())?;
     guest::order_all(

@@ -34,6 +34,10 @@ pub struct Sizes {
     pub working_set_mib: u64,
     /// Random accesses with each budget.
     pub working_set_accesses: u64,
+    /// Pages that a writer takes from their readers one by one.
+    pub unshare_pages: u64,
+    /// Stores of each of two writers to one page.
+    pub together_stores: u64,
     /// How long the idle daemon is watched, in ms.
     pub idle_ms: u64,
 }
@@ -56,6 +60,8 @@ impl Sizes {
                 fault_count: 400,
                 working_set_mib: 64,
                 working_set_accesses: 1500,
+                unshare_pages: 16,
+                together_stores: 100_000,
                 idle_ms: 3000,
             }
         } else {
@@ -73,6 +79,8 @@ impl Sizes {
                 fault_count: 3000,
                 working_set_mib: 64,
                 working_set_accesses: 12_000,
+                unshare_pages: 200,
+                together_stores: 10_000_000,
                 idle_ms: 9000,
             }
         }

@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 mod bare;
+mod broadcast;
 mod budget;
 mod daemon;
 mod exec;
@@ -26,6 +27,7 @@ mod table;
 mod touch;
 mod tree;
 mod warm;
+mod write;
 
 use anyhow::{Result, bail};
 use clap::Parser;
@@ -43,7 +45,7 @@ struct Bench {
     run: fn(&Setting, &mut Vec<Row>) -> Result<()>,
 }
 
-const BENCHES: [Bench; 9] = [
+const BENCHES: [Bench; 10] = [
     Bench {
         name: "warm",
         about: "reading through a warm mapping",
@@ -78,6 +80,11 @@ const BENCHES: [Bench; 9] = [
         name: "fault",
         about: "fault to first byte; mapped pages a second",
         run: fault::run,
+    },
+    Bench {
+        name: "write",
+        about: "writing to pages that others read or write",
+        run: write::run,
     },
     Bench {
         name: "budget",

@@ -37,14 +37,7 @@ fn fixed_per_frame(setting: &Setting) -> Result<f64> {
     let dir = setting.subdir("memory")?;
     let mut anonymous = [0.0; 2];
     for (sum, frames_mib) in anonymous.iter_mut().zip(BUDGETS_MIB) {
-        let daemon = Daemon::start(
-            setting,
-            &dir,
-            DaemonOptions {
-                frames_mib,
-                huge: false,
-            },
-        )?;
+        let daemon = Daemon::start(setting, &dir, DaemonOptions::ro(frames_mib, false))?;
         *sum = Memory::of(daemon.pid())?.anonymous as f64;
     }
     let frames = (BUDGETS_MIB[1] - BUDGETS_MIB[0]) * PAGES_PER_MIB;
@@ -69,14 +62,7 @@ fn shared(setting: &Setting, file: &TestFile, count: usize, rows: &mut Vec<Row>)
     files::chill(&file.path)?;
     // More than enough: nothing is to be reclaimed meanwhile.
     let frames_mib = 4 * (file.pages / PAGES_PER_MIB).max(8);
-    let daemon = Daemon::start(
-        setting,
-        &dir,
-        DaemonOptions {
-            frames_mib,
-            huge: false,
-        },
-    )?;
+    let daemon = Daemon::start(setting, &dir, DaemonOptions::ro(frames_mib, false))?;
     let anonymous = || -> Result<f64> { Ok(Memory::of(daemon.pid())?.anonymous as f64) };
     let begin = anonymous()?;
     let mut guests = Guest::spawn_connected(count, &daemon.socket())?;

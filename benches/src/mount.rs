@@ -38,10 +38,7 @@ pub fn run(setting: &Setting, rows: &mut Vec<Row>) -> Result<()> {
 }
 
 fn options(file: &TestFile, huge: bool) -> DaemonOptions {
-    DaemonOptions {
-        frames_mib: 2 * (file.pages / PAGES_PER_MIB).max(4),
-        huge,
-    }
+    DaemonOptions::ro(2 * (file.pages / PAGES_PER_MIB).max(4), huge)
 }
 
 /// Maps an open file afresh and touches pages: seconds for each, unmapping not counted.

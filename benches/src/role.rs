@@ -24,18 +24,21 @@ pub enum Role {
     Exec,
     /// The far end of a bare fault service: see [`crate::bare`].
     BareServer,
+    /// Sends back what it is sent: see [`crate::broadcast`].
+    Echo,
 }
 
 /// Announces a role as the first argument; not a thing to type.
 const FLAG: &str = "--role";
 
 impl Role {
-    const ALL: [(Self, &'static str); 5] = [
+    const ALL: [(Self, &'static str); 6] = [
         (Self::Daemon, "daemon"),
         (Self::Guest, "guest"),
         (Self::Mount, "mount"),
         (Self::Exec, "exec"),
         (Self::BareServer, "bare-server"),
+        (Self::Echo, "echo"),
     ];
 
     fn name(self) -> &'static str {
@@ -72,6 +75,7 @@ pub fn play() -> Option<Result<()>> {
         Some(Role::Mount) => mount(&rest),
         Some(Role::Exec) => exec(&rest),
         Some(Role::BareServer) => crate::bare::server_main(&rest),
+        Some(Role::Echo) => crate::broadcast::echo_main(),
         None => Err(anyhow::anyhow!("no role {name:?}")),
     })
 }

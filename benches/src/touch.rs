@@ -61,10 +61,7 @@ pub fn run(setting: &Setting, rows: &mut Vec<Row>) -> Result<()> {
 }
 
 fn options(file: &TestFile) -> DaemonOptions {
-    DaemonOptions {
-        frames_mib: 2 * (file.pages / PAGES_PER_MIB).max(4),
-        huge: true,
-    }
+    DaemonOptions::ro(2 * (file.pages / PAGES_PER_MIB).max(4), true)
 }
 
 /// Pages already granted: a fresh mapping of a file that is all there.

@@ -40,10 +40,7 @@ pub fn run(setting: &Setting, rows: &mut Vec<Row>) -> Result<()> {
         daemons.push(Daemon::start(
             setting,
             &dir,
-            DaemonOptions {
-                frames_mib: budget,
-                huge,
-            },
+            DaemonOptions::ro(budget, huge),
         )?);
     }
     let mut shared = Vec::new();

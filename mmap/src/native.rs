@@ -1,18 +1,19 @@
-//! Plain read-only mappings of files: what a program has without this library, and what a file
+//! Plain mappings of files: what a program has without this library, and what a file
 //! below a copage mount is mapped with.
 
-use copage_grants::volatile::VolatileBytes;
+use copage_grants::volatile::{VolatileBytes, VolatileBytesMut};
 use memmap2::{MmapOptions, MmapRaw};
 use std::fs::File;
 use std::io;
 
-/// A shared read-only mapping of a whole file, served by the kernel.
+/// A shared mapping of a whole file, served by the kernel.
 ///
 /// Its bytes may change under the reader, hence volatile. Whoever truncates the file makes pages of
 /// it SIGBUS, as with every mapping of a file.
 #[derive(Debug)]
 pub struct NativeMapping {
     map: MmapRaw,
+    writable: bool,
 }
 
 impl NativeMapping {
@@ -25,6 +26,15 @@ impl NativeMapping {
         }
         Ok(Self {
             map: options.map_raw_read_only(file)?,
+            writable: false,
+        })
+    }
+
+    /// Maps `file`, which must not be empty and be open for both, to be read and written.
+    pub fn writable(file: &File) -> io::Result<Self> {
+        Ok(Self {
+            map: MmapOptions::new().map_raw(file)?,
+            writable: true,
         })
     }
 
@@ -38,6 +48,13 @@ impl NativeMapping {
         // SAFETY: memmap2 mapped this range readable and unmaps it when `self.map` is dropped,
         // which the borrow outlasts; `MmapRaw` makes no reference into it, nor does this type.
         unsafe { VolatileBytes::new(self.map.as_ptr(), self.map.len()) }
+    }
+
+    /// The bytes, to be stored to as well, of a writable mapping.
+    pub fn as_volatile_mut(&self) -> Option<VolatileBytesMut<'_>> {
+        let map = self.writable.then_some(&self.map)?;
+        // SAFETY: as in `as_volatile`; it was mapped writable.
+        Some(unsafe { VolatileBytesMut::new(map.as_mut_ptr(), map.len()) })
     }
 }
 
@@ -55,6 +72,14 @@ mod tests {
             let mut tail = [0; 8];
             assert_eq!(map.as_volatile().read_into(4992, &mut tail), 8);
             assert_eq!((tail, map.as_volatile().len()), ([7; 8], 5000));
+            assert!(map.as_volatile_mut().is_none());
         }
+        let both = File::options().read(true).write(true).open(&path).unwrap();
+        let map = NativeMapping::writable(&both).unwrap();
+        assert!(map.as_volatile_mut().unwrap().write_u64(8, u64::MAX));
+        assert_eq!(
+            &std::fs::read(&path).unwrap()[7..17],
+            [7, 255, 255, 255, 255, 255, 255, 255, 255, 7]
+        );
     }
 }

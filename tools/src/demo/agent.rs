@@ -8,7 +8,7 @@ use copage_grants::sys::PageMap;
 use copage_grants::volatile::VolatileBytes;
 use copage_grants::{PAGE_SIZE, PAGE_SIZE_U64};
 use copage_mmap::native::NativeMapping;
-use copage_mmap::{Client, ConnectOptions, DaemonAt, Export, MapOptions, Mapping};
+use copage_mmap::{Client, ConnectOptions, DaemonAt, Export, File, MapOptions, Mapping, MmapError};
 use std::collections::HashMap;
 use std::io::{BufRead, Write};
 use std::path::Path;
@@ -20,25 +20,26 @@ use std::time::Instant;
 /// Bytes copied at a time for a checksum.
 const COPY_BYTES: usize = 256 * 1024;
 
-/// A mapping of either kind, read through the same type.
+/// A mapping of any kind, read through the same type.
 enum View {
     Shared(Mapping),
+    Written(File, Mapping),
     Native(NativeMapping),
 }
 
 impl View {
     fn bytes(&self) -> VolatileBytes<'_> {
         match self {
-            Self::Shared(mapping) => mapping.as_volatile(),
+            Self::Shared(mapping) | Self::Written(_, mapping) => mapping.as_volatile(),
             Self::Native(mapping) => mapping.as_volatile(),
         }
     }
 }
 
-/// A thread that reads until it is told to stop.
+/// A thread that reads or writes until it is told to stop.
 struct Watch {
     stop: Arc<AtomicBool>,
-    thread: JoinHandle<Watched>,
+    thread: JoinHandle<Answer>,
 }
 
 struct Agent {
@@ -86,6 +87,18 @@ impl Agent {
             Order::Checksum => self.checksum(),
             Order::Frame { mapping, page } => self.frame(mapping, page),
             Order::Watch { mapping, random } => self.watch(mapping, random),
+            Order::MapWritten {
+                export,
+                path,
+                writable,
+            } => self.map_written(&export, &path, writable),
+            Order::Store {
+                mapping,
+                page,
+                version,
+            } => self.store(mapping, page, version),
+            Order::Sync { mapping } => self.sync(mapping),
+            Order::WriteOn { mapping } => self.write_on(mapping),
             Order::Stop => self.stop(),
             Order::Read { mapping, page } => self.read(mapping, page),
             Order::PageCache => page_cache(),
@@ -109,11 +122,7 @@ impl Agent {
     }
 
     fn map(&mut self, export: &str, paths: &[String]) -> Result<Answer> {
-        let client = self.client.as_ref().context("not connected")?;
-        if !self.exports.contains_key(export) {
-            self.exports
-                .insert(export.to_owned(), client.attach(export)?);
-        }
+        self.export(export)?;
         let mut bytes = 0;
         for path in paths {
             let node = self.exports[export].resolve(path.as_bytes())?;
@@ -197,7 +206,7 @@ impl Agent {
         let seen = Arc::clone(&stop);
         let thread = std::thread::Builder::new()
             .name("watch".into())
-            .spawn(move || watch(&view.bytes(), random, &seen))?;
+            .spawn(move || Answer::Watched(watch(&view.bytes(), random, &seen)))?;
         self.watch = Some(Watch { stop, thread });
         Ok(Answer::Done)
     }
@@ -206,10 +215,112 @@ impl Agent {
         let watch = self.watch.take().context("not watching")?;
         watch.stop.store(true, Ordering::Relaxed);
         match watch.thread.join() {
-            Ok(watched) => Ok(Answer::Watched(watched)),
-            Err(_) => bail!("the watching thread panicked"),
+            Ok(answer) => Ok(answer),
+            Err(_) => bail!("the thread panicked"),
         }
     }
+}
+
+impl Agent {
+    fn export(&mut self, name: &str) -> Result<&Export> {
+        let client = self.client.as_ref().context("not connected")?;
+        if !self.exports.contains_key(name) {
+            let export = client.attach(name)?;
+            self.exports.insert(name.to_owned(), export);
+        }
+        self.exports.get(name).context("an export")
+    }
+
+    fn map_written(&mut self, export: &str, path: &str, writable: bool) -> Result<Answer> {
+        let node = self.export(export)?.resolve(path.as_bytes())?;
+        let file = if writable {
+            node.open_for_writing(OpenHow::Map)?
+        } else {
+            node.open(OpenHow::Map)?
+        };
+        let mapping = file.map(&MapOptions {
+            writable,
+            ..MapOptions::shared()
+        })?;
+        let bytes = file.len();
+        self.views.push(Arc::new(View::Written(file, mapping)));
+        Ok(Answer::Mapped { bytes })
+    }
+
+    fn store(&self, mapping: usize, page: u64, version: u32) -> Result<Answer> {
+        let View::Written(_, mapping) = &**self.view(mapping)? else {
+            bail!("mapping {mapping} is not written");
+        };
+        let bytes = mapping
+            .as_volatile_mut()
+            .context("it is mapped to be read")?;
+        let mut content = [0; PAGE_SIZE];
+        pattern::fill(&mut content, page, version);
+        let at = page as usize * PAGE_SIZE;
+        let begin = Instant::now();
+        bytes.write_from(at, &content[..8]);
+        let ns = begin.elapsed().as_nanos() as u64;
+        bytes.write_from(at, &content);
+        Ok(Answer::Stored { ns })
+    }
+
+    fn sync(&self, mapping: usize) -> Result<Answer> {
+        let View::Written(file, _) = &**self.view(mapping)? else {
+            bail!("mapping {mapping} is not written");
+        };
+        file.sync()?;
+        Ok(Answer::Done)
+    }
+
+    fn write_on(&mut self, mapping: usize) -> Result<Answer> {
+        if self.watch.is_some() {
+            bail!("already at work");
+        }
+        let view = Arc::clone(self.view(mapping)?);
+        let stop = Arc::new(AtomicBool::new(false));
+        let seen = Arc::clone(&stop);
+        let thread = std::thread::Builder::new()
+            .name("write".into())
+            .spawn(move || {
+                write_on(&view, &seen).unwrap_or_else(|error| Answer::Failed {
+                    why: format!("{error:#}"),
+                })
+            })?;
+        self.watch = Some(Watch { stop, thread });
+        Ok(Answer::Done)
+    }
+}
+
+/// See [`Order::WriteOn`].
+fn write_on(view: &View, stop: &AtomicBool) -> Result<Answer> {
+    let View::Written(file, mapping) = view else {
+        bail!("the mapping is not written");
+    };
+    let bytes = mapping
+        .as_volatile_mut()
+        .context("it is mapped to be read")?;
+    let pages = bytes.len() as u64 / PAGE_SIZE_U64;
+    let (mut acked, mut at_kill, mut again) = (0, None, 0);
+    while !stop.load(Ordering::Relaxed) {
+        let n = acked + 1;
+        let at = (n % pages) as usize * PAGE_SIZE;
+        if !bytes.write_u64(at, n) {
+            bail!("no word at {at}");
+        }
+        match file.sync() {
+            Ok(()) => acked = n,
+            Err(MmapError::WritesLost) => {
+                at_kill.get_or_insert(acked);
+                again += 1;
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(Answer::Wrote {
+        acked,
+        at_kill: at_kill.unwrap_or(acked),
+        again,
+    })
 }
 
 /// What this kernel keeps of files, in bytes.

@@ -14,6 +14,7 @@ pub mod report;
 pub mod run_program;
 pub mod scenario;
 pub mod stage;
+pub mod writes;
 
 use anyhow::{Context, Result};
 use cast::{Cast, Part};
@@ -108,10 +109,17 @@ pub fn run(args: &DemoArgs) -> Result<ExitCode> {
     let files = files::choose(&root, scale.files_bytes_max, scale.files_max)?;
     let scratch = dir.path().join("scratch");
     std::fs::create_dir(&scratch)?;
+    let written = dir.path().join(writes::EXPORT);
+    std::fs::create_dir(&written)?;
     let begin = std::time::Instant::now();
     let domains = cast.as_ref().map(|cast| cast.guests.as_slice());
-    let config = scenario::config(&scale, &root, &scratch, domains);
-    let daemon = DaemonProcess::start(dir.path(), &config)?;
+    let dirs = [
+        ("demo", &*root, "ro"),
+        ("scratch", &*scratch, "ro"),
+        (writes::EXPORT, &*written, "coherent"),
+    ];
+    let config = scenario::config(&scale, dirs, domains);
+    let mut daemon = DaemonProcess::start(dir.path(), &config)?;
     let parts = match cast {
         Some(cast) => cast.guests,
         None => (1..=args.guests)
@@ -140,10 +148,11 @@ pub fn run(args: &DemoArgs) -> Result<ExitCode> {
         report: &mut report,
         scale,
         hypervisor: args.cast.is_some(),
-        daemon: &daemon,
+        daemon: &mut daemon,
         guests,
         files: &files,
         scratch,
+        written,
     };
     if scene.hypervisor {
         let before = scene.guest_caches()?;
@@ -154,15 +163,17 @@ pub fn run(args: &DemoArgs) -> Result<ExitCode> {
         let left = scene.share_files()?;
         scene.memory(left)?;
         scene.frame()?;
-        run_program::show(scene.report, &daemon, &root)?;
+        run_program::show(scene.report, scene.daemon, &root)?;
     }
     scene.host_change()?;
+    scene.write()?;
     scene.killed()?;
     if scene.hypervisor {
         scene.paused()?;
     } else {
         scene.stopped()?;
     }
+    scene.daemon_killed()?;
     scene.budget()?;
     scene.audit()?;
     let scratch = scene.scratch.clone();

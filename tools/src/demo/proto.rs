@@ -37,7 +37,36 @@ pub enum Order {
         /// Pages in random order rather than one after the other.
         random: bool,
     },
-    /// End `Watch` and tell what it saw.
+    /// Map a whole file of an export that guests write, shared.
+    MapWritten {
+        /// The export.
+        export: String,
+        /// The path below it.
+        path: String,
+        /// To be written too.
+        writable: bool,
+    },
+    /// Store one page of the n-th mapping: a pattern page of a version.
+    Store {
+        /// Which mapping.
+        mapping: usize,
+        /// Which page.
+        page: u64,
+        /// Of which version.
+        version: u32,
+    },
+    /// Want all that was stored in the n-th mapping's file on the disk.
+    Sync {
+        /// Which mapping.
+        mapping: usize,
+    },
+    /// Store 1, 2, 3, … to the first words of the n-th mapping's pages in turn until `Stop`, by a thread;
+    /// each is synced before the next.
+    WriteOn {
+        /// Which mapping.
+        mapping: usize,
+    },
+    /// End `Watch` or `WriteOn` and tell what came of it.
     Stop,
     /// Read one page of the n-th mapping; answers a refusal when that raises SIGBUS.
     Read {
@@ -89,6 +118,20 @@ pub enum Answer {
     Page {
         /// Its version by the pattern; 0 for none.
         version: u32,
+    },
+    /// The page was stored.
+    Stored {
+        /// How long the first word of it took, in ns.
+        ns: u64,
+    },
+    /// What `WriteOn` did.
+    Wrote {
+        /// Stores that were synced.
+        acked: u64,
+        /// Of these, how many when the daemon was first missed; all, if it never was.
+        at_kill: u64,
+        /// Stores that were not synced because the daemon was gone, and made again.
+        again: u64,
     },
     /// The order was carried out and has no result.
     Done,

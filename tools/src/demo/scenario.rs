@@ -23,13 +23,15 @@ pub struct Scene<'a> {
     /// The guests are domains of a hypervisor.
     pub hypervisor: bool,
     /// The daemon.
-    pub daemon: &'a DaemonProcess,
+    pub daemon: &'a mut DaemonProcess,
     /// The guests, connected.
     pub guests: Vec<Guest>,
     /// The machine's files that are shared.
     pub files: &'a [Chosen],
     /// The directory of the files that the demo writes, exported as `scratch`.
     pub scratch: PathBuf,
+    /// The directory that guests write to.
+    pub written: PathBuf,
 }
 
 impl Scene<'_> {
@@ -372,7 +374,7 @@ fn rate(watched: &[Watched]) -> f64 {
 }
 
 /// The configuration of the demo's daemon. `domains`: the hypervisor's guests, by name.
-pub fn config(scale: &Scale, demo: &Path, scratch: &Path, domains: Option<&[Part]>) -> String {
+pub fn config(scale: &Scale, dirs: [(&str, &Path, &str); 3], domains: Option<&[Part]>) -> String {
     // TOML's basic strings take a path when quotes and backslashes are escaped.
     let quoted = |text: &str| format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\""));
     let mut text = format!(
@@ -388,10 +390,10 @@ pub fn config(scale: &Scale, demo: &Path, scratch: &Path, domains: Option<&[Part
         let name = quoted(&part.name);
         text.push_str(&format!("[[guest]]\nname = {name}\ndomain = {name}\n\n"));
     }
-    for (name, path) in [("demo", demo), ("scratch", scratch)] {
+    for (name, path, mode) in dirs {
         let path = quoted(&path.to_string_lossy());
         text.push_str(&format!(
-            "[[export]]\nname = \"{name}\"\npath = {path}\nmode = \"ro\"\nallow = [\"*\"]\n\n"
+            "[[export]]\nname = \"{name}\"\npath = {path}\nmode = \"{mode}\"\nallow = [\"*\"]\n\n"
         ));
     }
     text

@@ -18,38 +18,55 @@ const READY_MAX: Duration = Duration::from_secs(60);
 /// The daemon.
 pub struct DaemonProcess {
     child: Child,
+    dir: PathBuf,
     run_dir: PathBuf,
 }
 
 impl DaemonProcess {
     /// Starts `copage serve` with `config` (TOML) and waits until it is ready.
     pub fn start(dir: &Path, config: &str) -> Result<Self> {
-        let run_dir = dir.join("run");
-        let file = dir.join("copage.toml");
+        let file = config_file(dir);
         std::fs::write(&file, config).with_context(|| format!("{}", file.display()))?;
+        Ok(Self {
+            child: Self::spawn(dir)?,
+            dir: dir.to_owned(),
+            run_dir: dir.join("run"),
+        })
+    }
+
+    /// Kills it without a word, starts it again, and waits until it is ready.
+    pub fn restart(&mut self) -> Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        self.child = Self::spawn(&self.dir)?;
+        Ok(())
+    }
+
+    fn spawn(dir: &Path) -> Result<Child> {
         let notify = dir.join("ready.sock");
+        // Of the one before it.
+        let _ = std::fs::remove_file(&notify);
         let ready = UnixDatagram::bind(&notify).context("a socket for READY")?;
         ready.set_read_timeout(Some(READY_MAX))?;
         let child = Command::new(std::env::current_exe()?)
             .arg("serve")
             .arg("--config")
-            .arg(&file)
+            .arg(config_file(dir))
             .arg("--run-dir")
-            .arg(&run_dir)
+            .arg(dir.join("run"))
             .env("NOTIFY_SOCKET", &notify)
             .env("COPAGE_LOG", "error")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .spawn()
             .context("start copage serve")?;
-        let daemon = Self { child, run_dir };
         let mut message = [0; 256];
         loop {
             let len = ready
                 .recv(&mut message)
                 .context("the daemon did not become ready")?;
             if message[..len].starts_with(b"READY=1") {
-                return Ok(daemon);
+                return Ok(child);
             }
         }
     }
@@ -81,6 +98,10 @@ impl DaemonProcess {
             reply => Ok(reply),
         }
     }
+}
+
+fn config_file(dir: &Path) -> PathBuf {
+    dir.join("copage.toml")
 }
 
 impl Drop for DaemonProcess {
