@@ -254,6 +254,7 @@ impl Model for Bounds {
             Property::always("who counts reads the newest store", reads_newest),
             Property::always("one writer, or one frame for all", one_writer),
             Property::always("who may write a frame has it alone", alone),
+            Property::always("a frame is shared by all for writing, or by none", one_kind),
             Property::always("what a second session sees is on the disk", seen_is_saved),
             Property::always("what a writer released is saved", released_is_saved),
             Property::always("accounts say what pages say", |_, w: &World| {
@@ -285,6 +286,19 @@ fn reads_newest(_: &Bounds, w: &World) -> bool {
                 w.memory.get(frame).copied().unwrap_or(0) == newest
             })
     })
+}
+
+/// Where that is promised: a frame shared in place may be read too.
+fn one_kind(bounds: &Bounds, w: &World) -> bool {
+    let entries = &w.table.all;
+    let shared = |frame| {
+        let of = entries.iter().filter(move |((_, f), _)| *f == frame);
+        of.map(|(_, entry)| entry.shared)
+    };
+    bounds.config.share_in_place
+        || entries
+            .iter()
+            .all(|((_, frame), entry)| shared(*frame).all(|s| s == entry.shared))
 }
 
 fn seen_is_saved(_: &Bounds, w: &World) -> bool {
@@ -456,19 +470,24 @@ const TWO: Bounds = Bounds {
     left: NONE,
 };
 
+/// How often most things happen in most runs.
+const FEW: Left = Left {
+    wants: 3,
+    stores: 2,
+    advances: 2,
+    ..NONE
+};
+
 #[test]
 fn local_with_force() {
     check(Bounds {
         name: "two guests, pages taken by force",
         force: true,
         left: Left {
-            wants: 3,
-            stores: 2,
-            renewals: 1,
             advances: 3,
             deaths: 1,
             connects: 1,
-            ..NONE
+            ..FEW
         },
         ..TWO
     });
@@ -479,13 +498,22 @@ fn local_without_force() {
     check(Bounds {
         name: "two guests, nothing by force",
         left: Left {
-            wants: 3,
-            stores: 2,
-            renewals: 1,
-            advances: 3,
             deaths: 1,
             connects: 1,
-            ..NONE
+            ..FEW
+        },
+        ..TWO
+    });
+}
+
+#[test]
+fn local_late_renewals() {
+    check(Bounds {
+        name: "leases renewed early, late and never",
+        left: Left {
+            renewals: 1,
+            advances: 3,
+            ..FEW
         },
         ..TWO
     });
@@ -496,12 +524,9 @@ fn local_liars() {
     check(Bounds {
         name: "who acks without unmapping",
         left: Left {
-            wants: 3,
-            stores: 2,
-            renewals: 1,
             advances: 4,
             lies: 1,
-            ..NONE
+            ..FEW
         },
         ..TWO
     });
@@ -512,12 +537,9 @@ fn local_restarts() {
     check(Bounds {
         name: "the daemon is killed",
         left: Left {
-            wants: 3,
-            stores: 2,
-            advances: 3,
             connects: 2,
             restarts: 1,
-            ..NONE
+            ..FEW
         },
         ..TWO
     });
@@ -526,7 +548,7 @@ fn local_restarts() {
 #[test]
 fn local_bouncing_pages_are_shared_for_writing() {
     check(Bounds {
-        name: "a page that bounces",
+        name: "a page that bounces, shared in place",
         config: StrictConfig {
             bounces_max: 1,
             ..PAGES
@@ -534,8 +556,28 @@ fn local_bouncing_pages_are_shared_for_writing() {
         left: Left {
             wants: 4,
             stores: 3,
-            advances: 3,
+            advances: 2,
             deaths: 1,
+            ..NONE
+        },
+        ..TWO
+    });
+}
+
+#[test]
+fn local_bouncing_pages_are_shared_when_nobody_has_them() {
+    check(Bounds {
+        name: "a page that bounces, shared elsewhere",
+        force: true,
+        config: StrictConfig {
+            bounces_max: 1,
+            share_in_place: false,
+            ..PAGES
+        },
+        left: Left {
+            wants: 4,
+            stores: 3,
+            advances: 3,
             ..NONE
         },
         ..TWO
@@ -546,12 +588,36 @@ fn local_bouncing_pages_are_shared_for_writing() {
 fn local_pages_are_taken() {
     check(Bounds {
         name: "pages are reclaimed",
+        left: Left { takes: 2, ..FEW },
+        ..TWO
+    });
+}
+
+#[test]
+fn local_saves_fail() {
+    check(Bounds {
+        name: "a disk that refuses",
+        force: true,
         left: Left {
-            wants: 3,
-            stores: 2,
+            takes: 1,
+            fails: 2,
+            ..FEW
+        },
+        ..TWO
+    });
+}
+
+#[test]
+fn local_the_daemon_reads_and_writes() {
+    check(Bounds {
+        name: "the daemon reads and writes",
+        left: Left {
+            wants: 2,
             advances: 3,
-            takes: 2,
-            ..NONE
+            fails: 1,
+            looks: 1,
+            writes: 1,
+            ..FEW
         },
         ..TWO
     });
@@ -562,12 +628,7 @@ fn local_three_guests() {
     check(Bounds {
         name: "three guests",
         guests: 3,
-        left: Left {
-            wants: 3,
-            stores: 2,
-            advances: 3,
-            ..NONE
-        },
+        left: FEW,
         ..TWO
     });
 }
@@ -579,11 +640,28 @@ fn local_two_pages_and_scarce_frames() {
         pages: 2,
         frames: 2,
         left: Left {
-            wants: 3,
-            stores: 2,
-            advances: 3,
+            wants: 2,
+            advances: 1,
             takes: 1,
-            ..NONE
+            ..FEW
+        },
+        ..TWO
+    });
+}
+
+#[test]
+fn local_one_writable_page_each() {
+    check(Bounds {
+        name: "two pages, one for writing at a time",
+        pages: 2,
+        config: StrictConfig {
+            writable_max: 1,
+            ..PAGES
+        },
+        left: Left {
+            stores: 2,
+            advances: 1,
+            ..FEW
         },
         ..TWO
     });

@@ -15,6 +15,7 @@ pub mod attack;
 pub mod beside;
 pub mod daemon;
 pub mod guest;
+pub mod history;
 pub mod mute;
 pub mod needs;
 pub mod orders;

@@ -185,7 +185,7 @@ pub struct World {
     pub placing: BTreeMap<Place, Option<FrameNo>>,
     /// Saves under way, with what was in the frame when they were asked for.
     pub saving: BTreeMap<Place, (FrameNo, Version, u8)>,
-    /// Saves that were refused, and not tried again since.
+    /// Pages of which a save or a copy failed, and was not tried again since.
     pub unsaved: BTreeSet<Place>,
     /// Who stored each value, value 1 first.
     pub authors: Vec<Epoch>,
@@ -415,6 +415,7 @@ impl World {
                 self.placing.insert(place, None);
             }
             Action::Copy { place, from } => {
+                self.unsaved.remove(&place);
                 self.placing.insert(place, Some(from));
             }
             Action::Grant {
@@ -477,6 +478,9 @@ impl World {
             return;
         };
         let Some(frame) = self.free.pop_first() else {
+            if from.is_some() {
+                self.unsaved.insert(place);
+            }
             self.step(Input::Page(Event::NotPlaced { place, errno: 12 }));
             return;
         };

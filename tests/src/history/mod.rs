@@ -1,0 +1,89 @@
+//! What guests did to the words of a shared file, and when: made by the guests themselves, each in a log
+//! of its own that outlives its process.
+//!
+//! Times are of `CLOCK_MONOTONIC`, which is one for all processes of a machine.
+
+mod log;
+mod record;
+
+pub use log::{Log, read_log};
+pub use record::{Memory, Plan, record};
+
+use serde::{Deserialize, Serialize};
+
+/// Something that a guest does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Call {
+    /// A plain store to a mapping.
+    Store {
+        /// Which page.
+        page: u64,
+        /// Which of its words.
+        word: u64,
+        /// Never used before in this file.
+        value: u64,
+    },
+    /// A plain load from a mapping.
+    Load {
+        /// Which page.
+        page: u64,
+        /// Which of its words.
+        word: u64,
+    },
+    /// A write by message.
+    Write {
+        /// Which page.
+        page: u64,
+        /// Which of its words.
+        word: u64,
+        /// Never used before in this file.
+        value: u64,
+    },
+    /// A read by message.
+    Read {
+        /// Which page.
+        page: u64,
+        /// Which of its words.
+        word: u64,
+    },
+    /// All that was stored is to be on the disk.
+    Sync,
+    /// The file gets so many pages.
+    Resize {
+        /// How many.
+        pages: u64,
+    },
+}
+
+/// How it ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outcome {
+    /// Done.
+    Done,
+    /// What was read; `None`: the word is past the file's end.
+    Value(Option<u64>),
+    /// By an error: it may have been done, or not.
+    Failed(i32),
+}
+
+/// One thing that a guest did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Op {
+    /// Who: each process has a number of its own.
+    pub guest: u32,
+    /// What.
+    pub call: Call,
+    /// Not done before, in ns.
+    pub begin_ns: u64,
+    /// Done by then, in ns, and how; `None`: nobody knows.
+    pub end: Option<(u64, Outcome)>,
+}
+
+/// The time, in ns.
+pub fn now_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    // A machine that has been up for 584 years begins anew.
+    (now.tv_sec as u64).wrapping_mul(1_000_000_000) + now.tv_nsec as u64
+}
