@@ -1,5 +1,6 @@
 //! What a test says to a guest process and what it answers: one JSON document a line.
 
+use crate::history::Plan;
 use serde::{Deserialize, Serialize};
 
 /// An order to a guest.
@@ -185,6 +186,15 @@ pub enum Order {
         /// Which mapping.
         mapping: usize,
     },
+    /// Do things to a file of a coherent export as planned, and write down what.
+    Record {
+        /// The export.
+        export: String,
+        /// Below it.
+        path: String,
+        /// What, and where to write it down.
+        plan: Plan,
+    },
     /// Unmap everything and keep the session.
     Unmap,
     /// Why the session is lost, if it is.
@@ -270,6 +280,11 @@ pub enum Answer {
     Lost {
         /// In words; `None`: it is not.
         why: Option<String>,
+    },
+    /// What was planned is done.
+    Recorded {
+        /// How many things that were.
+        ops: u64,
     },
     /// Daemons found again.
     Reconnects {

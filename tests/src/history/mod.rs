@@ -5,9 +5,11 @@
 
 mod log;
 mod record;
+mod shared;
 
 pub use log::{Log, read_log};
 pub use record::{Memory, Plan, record};
+pub use shared::SharedFile;
 
 use serde::{Deserialize, Serialize};
 

@@ -15,6 +15,7 @@ use copage_mmap::{
     Client, ConnectOptions, Export, File, MapOptions, Mapping, MmapError, UserfaultPolicy,
 };
 use copage_tests::attack;
+use copage_tests::history::{Plan, SharedFile, record};
 use copage_tests::orders::{Answer, Order, Watched};
 use copage_tests::watch::watch;
 use std::collections::HashMap;
@@ -267,6 +268,7 @@ impl Agent {
                 }
                 View::Pinned(..) => Ok(Answer::Lost { why: None }),
             },
+            Order::Record { export, path, plan } => self.record(&export, &path, &plan),
             Order::Unmap => {
                 self.views.clear();
                 Ok(Answer::Done)
@@ -332,6 +334,15 @@ impl Agent {
                 .insert(export.to_owned(), client.attach(export)?);
         }
         Ok(self.exports[export].open(path, how)?)
+    }
+
+    fn record(&mut self, export: &str, path: &str, plan: &Plan) -> Result<Answer> {
+        let client = self.client.as_ref().context("not connected")?;
+        let node = client.attach(export)?.resolve(path)?;
+        let file = node.open_for_writing(OpenHow::Map)?;
+        let mapping = file.map(&MapOptions::written())?;
+        let ops = record(plan, &SharedFile::new(file, mapping))?;
+        Ok(Answer::Recorded { ops })
     }
 
     fn keep(&mut self, view: View) -> Answer {
