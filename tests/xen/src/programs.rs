@@ -8,6 +8,7 @@ pub mod mute;
 pub mod random;
 pub mod reader;
 pub mod tree;
+pub mod written;
 
 use anyhow::Result;
 
@@ -30,6 +31,11 @@ pub const PROGRAMS: &[(&str, Program)] = &[
     ("granted", granted::granted),
     ("guess", granted::guess),
     ("tree", tree::tree),
+    ("relay", written::relay),
+    ("hold", written::hold),
+    ("put", written::put),
+    ("get", written::get),
+    ("writer", written::writer),
 ];
 
 /// Prints its arguments: the shortest program there is, to see that programs run.

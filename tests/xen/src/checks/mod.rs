@@ -6,6 +6,7 @@
 mod basic;
 mod budget;
 mod channel;
+mod coherent;
 mod demo;
 pub mod exec;
 pub mod frames;
@@ -165,6 +166,24 @@ pub const CHECKS: &[Check] = &[
         7200,
         "the same two hundred times",
         kills::two_hundred,
+    )),
+    check(
+        "coherent",
+        600,
+        "three guests that write one file; one is destroyed, one paused while it writes",
+        coherent::coherent,
+    ),
+    check(
+        "coherent-kills",
+        500,
+        "the daemon is killed ten times under guests that store and sync",
+        coherent::kills,
+    ),
+    nightly(check(
+        "coherent-kills-100",
+        5400,
+        "the same a hundred times",
+        coherent::hundred_kills,
     )),
     check(
         "budget",
