@@ -11,7 +11,8 @@ use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
 use std::collections::HashMap;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::{Arc, Weak};
 
 /// Bytes of inotify events read in one call: an event of a watched file has 16.
@@ -22,6 +23,8 @@ const EVENT_BYTES: usize = 4096;
 pub(crate) struct Watches {
     fd: OwnedFd,
     files: Mutex<HashMap<i32, Vec<Weak<CachedFile>>>>,
+    /// How many own writes had ended when notifications were last read.
+    own_writes: AtomicU64,
 }
 
 impl Watches {
@@ -31,6 +34,7 @@ impl Watches {
         Ok(Self {
             fd,
             files: Mutex::default(),
+            own_writes: AtomicU64::new(0),
         })
     }
 
@@ -90,35 +94,43 @@ impl Cache {
 
     /// Reads what the host did to cached files and acts on it.
     pub fn host_events(&self) {
+        let now = self.counters.own_writes.load(SeqCst);
+        let before = self.watches.own_writes.swap(now, SeqCst);
         let mut buffer = [MaybeUninit::uninit(); EVENT_BYTES];
         let mut reader = inotify::Reader::new(&self.watches.fd, &mut buffer);
         let mut touched: HashMap<i32, ReadFlags> = HashMap::new();
         let mut overflow = false;
         // Bounded, should the host write faster than this reads: what is left is readable still.
-        for _ in 0..HOST_EVENTS_MAX {
+        let mut count = 0;
+        while count < HOST_EVENTS_MAX {
             let Ok(event) = reader.next() else { break };
+            count += 1;
             overflow |= event.events().contains(ReadFlags::QUEUE_OVERFLOW);
             *touched.entry(event.wd()).or_insert(ReadFlags::empty()) |= event.events();
+        }
+        if overflow || count == HOST_EVENTS_MAX {
+            // What is left to read may be older.
+            self.watches.own_writes.store(before, SeqCst);
         }
         if overflow {
             self.watches
                 .all()
                 .iter()
-                .for_each(|file| self.look_at_host(file, ReadFlags::MODIFY));
+                .for_each(|file| self.look_at_host(file, ReadFlags::MODIFY, before));
             return;
         }
         for (watch, events) in touched {
             for file in self.watches.files(watch) {
-                self.look_at_host(&file, events);
+                self.look_at_host(&file, events, before);
             }
         }
     }
 
-    fn look_at_host(&self, file: &Arc<CachedFile>, events: ReadFlags) {
+    fn look_at_host(&self, file: &Arc<CachedFile>, events: ReadFlags, before: u64) {
         let links_changed = events.contains(ReadFlags::ATTRIB);
         let mut inner = file.inner.lock();
         if file.is_coherent() {
-            return self.look_at_strict(file, &mut inner, events);
+            return self.look_at_strict(file, &mut inner, events, before);
         }
         // The times change when a write begins, and this comes when it ends: they are no help here.
         // Under a lease that is older than the generation it tells of what was before.

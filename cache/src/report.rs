@@ -191,6 +191,8 @@ pub(crate) struct Counters {
     pub generations_retired: AtomicU64,
     pub leases_broken: AtomicU64,
     pub parked: AtomicU64,
+    /// The daemon's own writes to host files that ended.
+    pub own_writes: AtomicU64,
     pub strict_grants: AtomicU64,
     pub pages_saved: AtomicU64,
     pub syncs: AtomicU64,

@@ -94,6 +94,29 @@ impl Cache {
         Ok(to)
     }
 
+    /// Of pages from `first` on, which are taken: frames that sessions have mapped all the same, which are gone.
+    pub(crate) fn lose_from(&self, home: &mut Home, first: u32) {
+        let pages = home.index.range(first, u32::MAX);
+        pages.into_iter().for_each(|(page, _)| {
+            self.lose(home, page);
+        });
+    }
+
+    /// The same of one page; `false`: nobody has its frame mapped, and it stays in it.
+    pub(crate) fn lose(&self, home: &mut Home, page: u32) -> bool {
+        let Some(frame) = home.index.get(page) else {
+            return true;
+        };
+        if self.backend.holder_count(frame) == 0 {
+            return false;
+        }
+        home.lost.insert(frame, (page, home.at(page)));
+        home.index.remove(page);
+        home.places.remove(&page);
+        self.frames.lock().set_state(frame, FrameState::Quarantined);
+        true
+    }
+
     pub(crate) fn advance_copies(&self, file: &Arc<CachedFile>) {
         let copies = std::mem::take(&mut file.inner.lock().strict.copies);
         for (page, from, since_ms) in copies {

@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 
 /// What a coherent file has that does not change, and what is not under its other lock.
 #[derive(Debug)]
@@ -23,8 +23,10 @@ pub(crate) struct Coherent {
     pub writable: Result<(), Errno>,
     /// See [the module](super).
     pub disk: Mutex<()>,
-    /// Own writes begun and ended: odd while one is under way.
-    pub own_writes: AtomicU64,
+    /// A write of the daemon's own is under way.
+    pub is_writing: AtomicBool,
+    /// The number of the last one that ended, of all files'.
+    pub own_write: AtomicU64,
 }
 
 /// What a coherent file has under its lock.
@@ -44,8 +46,6 @@ pub(crate) struct Strict {
     pub errno: i32,
     /// After such an error: the kernel takes pages for written that are not.
     pub rewrite: bool,
-    /// `own_writes` when a notification was last looked at.
-    pub own_seen: u64,
     /// The loop was told that the host changed the file.
     pub is_changed: bool,
     /// The loop was asked for all pages.
@@ -111,7 +111,8 @@ impl Cache {
         let coherent = Coherent {
             writable,
             disk: Mutex::default(),
-            own_writes: AtomicU64::new(0),
+            is_writing: AtomicBool::new(false),
+            own_write: AtomicU64::new(0),
         };
         let id = self.new_file_id();
         let file = CachedFile::new(id, key, node.clone(), data, None, Some(coherent));
@@ -156,6 +157,9 @@ impl Cache {
     fn rehome(&self, file: &Arc<CachedFile>, inner: &mut Inner) -> Result<FileState, CacheError> {
         if inner.dead {
             return Err(CacheError::Withdrawn);
+        }
+        if let Some(home) = inner.live.as_mut() {
+            self.lose_from(home, 0);
         }
         if inner.has_pages() {
             return Err(CacheError::Busy("for this file's pages"));

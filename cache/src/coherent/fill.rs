@@ -113,6 +113,10 @@ impl Cache {
         if u64::from(want.first) + u64::from(want.count) > home.pages() {
             return Err(CacheError::BadRange("past the end of the file"));
         }
+        // Of a page that is in no frame by the machine's book.
+        if !want.pages().all(|page| self.lose(home, page)) {
+            return Err(CacheError::BadRange("the page is in a frame"));
+        }
         if self.descriptors && want.pages().any(|page| home.is_taken(page)) {
             return Err(CacheError::Busy("for a frame that is lost"));
         }

@@ -89,7 +89,7 @@ impl Cache {
             return;
         }
         // One of its own is under way: who writes looks itself.
-        if coherent.own_writes.load(SeqCst) % 2 == 1 {
+        if coherent.is_writing.load(SeqCst) {
             return;
         }
         if let Ok((cookie, _)) = file.read_cookie()
@@ -103,21 +103,19 @@ impl Cache {
         }
     }
 
-    /// A notification.
+    /// A notification that was not there yet when the own write numbered `before` had ended.
     pub(crate) fn look_at_strict(
         &self,
         file: &Arc<CachedFile>,
         inner: &mut Inner,
         events: ReadFlags,
+        before: u64,
     ) {
         let Some(coherent) = &file.coherent else {
             return;
         };
-        let own_writes = coherent.own_writes.load(SeqCst);
-        let is_own = own_writes % 2 == 1 || own_writes != inner.strict.own_seen;
-        if own_writes % 2 == 0 {
-            inner.strict.own_seen = own_writes;
-        }
+        // An own write's comes before it ends. Where there was one, only the times tell.
+        let is_own = coherent.is_writing.load(SeqCst) || coherent.own_write.load(SeqCst) > before;
         let is_bounded = inner.lease != Lease::Held && inner.live.is_some();
         if events.contains(ReadFlags::MODIFY) && is_bounded && !is_own {
             self.tell_changed(file, inner);

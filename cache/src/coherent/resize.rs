@@ -83,14 +83,17 @@ impl Cache {
 
     /// The home and its length, when all is out that must be.
     fn resizable(&self, file: &CachedFile, bytes: u64) -> Result<(HomeId, u64), CacheError> {
-        let inner = file.inner.lock();
+        let mut inner = file.inner.lock();
         if inner.dead {
             return Err(CacheError::Withdrawn);
         }
-        let home = inner.live.as_ref().ok_or(CacheError::Changing)?;
+        let home = inner.live.as_mut().ok_or(CacheError::Changing)?;
         let shorter = bytes.min(home.bytes);
         let first = (shorter / PAGE_SIZE_U64) as u32;
         let last = home.pages() as u32;
+        if bytes != home.bytes {
+            self.lose_from(home, first);
+        }
         if bytes != home.bytes && !home.index.range(first, last).is_empty() {
             return Err(CacheError::Busy("for pages past the new end"));
         }

@@ -267,11 +267,13 @@ impl Cache {
             .writable
             .map_err(|e| CacheError::io("open for writing", e))?;
         let (before, _) = file.read_cookie()?;
-        coherent.own_writes.fetch_add(1, SeqCst);
+        coherent.is_writing.store(true, SeqCst);
         let result = change(file.data(), before.bytes);
         let after = file.read_cookie();
         let mut inner = file.inner.lock();
-        coherent.own_writes.fetch_add(1, SeqCst);
+        let number = self.counters.own_writes.fetch_add(1, SeqCst) + 1;
+        coherent.own_write.store(number, SeqCst);
+        coherent.is_writing.store(false, SeqCst);
         if !self.is_own(&inner, before) {
             self.tell_changed(file, &mut inner);
         }

@@ -6,8 +6,9 @@
 use crate::common::*;
 use copage_cache::*;
 use copage_grants::*;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -27,6 +28,10 @@ pub struct Driver {
     pub held: BTreeMap<u64, Held>,
     /// Taken when they were wanted back.
     pub taken: u64,
+    /// Pages of which a save or a copy is under way: nothing else is done with them.
+    busy: BTreeSet<u64>,
+    /// Frames that fenced guests may have mapped.
+    lost: BTreeSet<FrameNo>,
     pub host_wants: u64,
     pub host_changed: u64,
 }
@@ -36,17 +41,22 @@ pub fn coherent_rig(backend: Arc<dyn Backend>, config: CacheConfig) -> Rig {
     coherent_rig_in(backend, config, dir)
 }
 
-pub fn coherent_rig_in(
-    backend: Arc<dyn Backend>,
-    config: CacheConfig,
-    dir: tempfile::TempDir,
-) -> Rig {
-    let path = dir.path().into();
+fn coherent_rig_in(backend: Arc<dyn Backend>, config: CacheConfig, dir: tempfile::TempDir) -> Rig {
+    let path = dir.path().to_owned();
     let spec = ExportSpec {
         mode: ExportMode::Coherent,
         ..spec("e", path)
     };
     Rig::of(backend, config, dir, spec)
+}
+
+/// The export is not the rig's directory.
+pub fn coherent_rig_at(backend: Arc<dyn Backend>, config: CacheConfig, path: &Path) -> Rig {
+    let spec = ExportSpec {
+        mode: ExportMode::Coherent,
+        ..spec("e", path.to_owned())
+    };
+    Rig::of(backend, config, tempfile::tempdir().unwrap(), spec)
 }
 
 impl Driver {
@@ -60,6 +70,11 @@ impl Driver {
         Self::with(coherent_rig(local(true), config), data, guests)
     }
 
+    /// The same with leases.
+    pub fn leased(frames_max: u32, data: &[u8], guests: u16) -> Self {
+        Self::with(coherent_rig(local(true), config(frames_max)), data, guests)
+    }
+
     pub fn with(mut rig: Rig, data: &[u8], guests: u16) -> Self {
         rig.write("f", data);
         let mut file = None;
@@ -70,12 +85,19 @@ impl Driver {
             assert!(done.state.coherent);
             file = Some(done.file);
         }
+        Self::of(rig, file.unwrap())
+    }
+
+    /// Of a file that is open.
+    pub fn of(rig: Rig, file: Arc<CachedFile>) -> Self {
         Self {
             rig,
-            file: file.unwrap(),
+            file,
             frames: BTreeMap::new(),
             held: BTreeMap::new(),
             taken: 0,
+            busy: BTreeSet::new(),
+            lost: BTreeSet::new(),
             host_wants: 0,
             host_changed: 0,
         }
@@ -115,20 +137,23 @@ impl Driver {
 
     /// Pages that are wanted back are taken, as far as they can be.
     pub fn serve(&mut self) {
-        let is_ask = |e: &CacheEvent| {
-            matches!(
-                e,
-                CacheEvent::WantBack { .. }
-                    | CacheEvent::HostWants { .. }
-                    | CacheEvent::HostChanged { .. }
-            )
+        let busy = !self.busy.is_empty();
+        let is_ask = |e: &CacheEvent| match e {
+            CacheEvent::WantBack { .. } => true,
+            CacheEvent::HostWants { .. } | CacheEvent::HostChanged { .. } => !busy,
+            _ => false,
         };
         while let Some(n) = self.rig.strict.iter().position(is_ask) {
             match self.rig.strict.remove(n) {
                 CacheEvent::WantBack { pages, .. } => {
+                    // Taking one saves it, which may bring more to serve.
                     for page in pages {
-                        self.take(page.0);
-                        self.taken += 1;
+                        if self.busy.contains(&page.0) {
+                            self.cache().strict_keep(&self.file, page);
+                        } else {
+                            self.take(page.0);
+                            self.taken += 1;
+                        }
                     }
                 }
                 CacheEvent::HostWants { file } => {
@@ -143,6 +168,29 @@ impl Driver {
                 }
                 _ => unreachable!(),
             }
+        }
+    }
+
+    /// A process of the host does something, beside the daemon.
+    pub fn beside<T: Send>(&mut self, change: impl FnOnce() -> T + Send) -> T {
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(change);
+            while !thread.is_finished() {
+                self.rig.break_leases();
+                self.rig.pump(Duration::from_millis(1));
+                self.serve();
+            }
+            thread.join().unwrap()
+        })
+    }
+
+    /// Until the cache is as it should be.
+    pub fn until(&mut self, what: &str, is: impl Fn(&FileState) -> bool) {
+        let start = Instant::now();
+        while !is(&self.cache().current(&self.file)) {
+            assert!(start.elapsed() < Duration::from_secs(20), "{what}");
+            self.rig.pump(Duration::from_millis(2));
+            self.serve();
         }
     }
 
@@ -171,7 +219,8 @@ impl Driver {
         let version = Version(77 + page);
         self.cache()
             .strict_save(&self.file, PageIndex(page), frame, version);
-        self.wait_for("Saved", |event| match event {
+        self.busy.insert(page);
+        let saved = self.wait_for("Saved", |event| match event {
             CacheEvent::Saved {
                 page: of,
                 version: v,
@@ -179,7 +228,9 @@ impl Driver {
                 ..
             } if of.0 == page && *v == version => Some(result.clone()),
             _ => None,
-        })
+        });
+        self.busy.remove(&page);
+        saved
     }
 
     /// All who hold the page let go, as guests do that obey; a dirty page is saved.
@@ -202,7 +253,9 @@ impl Driver {
 
     pub fn take(&mut self, page: u64) {
         self.let_go(page);
-        if let Some(frame) = self.frames.remove(&page) {
+        if let Some(frame) = self.frames.remove(&page)
+            && !self.lost.contains(&frame)
+        {
             self.cache().strict_free(frame);
         }
     }
@@ -225,7 +278,10 @@ impl Driver {
         let others = held.writers.iter().any(|g| *g != guest);
         let stands = match access {
             Access::ReadOnly => others,
-            Access::ReadWrite => !held.readers.is_empty() || others && !(shared && held.shared),
+            Access::ReadWrite => {
+                let moves = shared && !held.shared && !held.writers.is_empty();
+                !held.readers.is_empty() || others && !shared || moves
+            }
         };
         if stands {
             self.let_go(page);
@@ -305,12 +361,66 @@ impl Driver {
             .collect();
         self.cache()
             .strict_sync(ticket, &self.file, who.map(DomId), pages, durable);
+        self.synced(ticket)
+    }
+
+    pub fn synced(&mut self, ticket: u64) -> Result<(), CacheError> {
         self.wait_for("Synced", |event| match event {
             CacheEvent::Synced {
                 ticket: of, result, ..
             } if *of == ticket => Some(result.clone()),
             _ => None,
         })
+    }
+
+    /// A session misses its term: what it has is seized, its pages get other frames where that is not to be had,
+    /// and the file another home.
+    pub fn fence(&mut self, guest: u16) {
+        let cache = self.cache();
+        let dom = DomId(guest);
+        let pages: Vec<u64> = self.held.keys().copied().collect();
+        for page in pages {
+            let Some(held) = self.held.get_mut(&page) else {
+                continue;
+            };
+            let writes = held.writers.contains(&guest);
+            if !writes && !held.readers.contains(&guest) {
+                continue;
+            }
+            held.readers.retain(|g| *g != guest);
+            held.writers.retain(|g| *g != guest);
+            let frame = self.frames[&page];
+            if cache.strict_seize(dom, &self.file, PageIndex(page), frame) {
+                continue;
+            }
+            self.lost.insert(frame);
+            if !writes {
+                continue;
+            }
+            self.busy.insert(page);
+            let dirty = std::mem::take(&mut held.dirty);
+            self.let_go(page);
+            cache.strict_copy(&self.file, PageIndex(page), frame);
+            let copy = self.placed(page).unwrap();
+            self.frames.insert(page, copy);
+            if dirty {
+                self.save(page).unwrap();
+            }
+            self.busy.remove(&page);
+        }
+        cache.guest_fenced(who(guest));
+        self.take_from(0);
+        cache.strict_rehome(&self.file).unwrap();
+    }
+
+    /// The only one that was fenced exists no more.
+    pub fn end(&mut self, guest: u16) {
+        let cache = self.cache();
+        cache.guest_ended(who(guest));
+        for frame in std::mem::take(&mut self.lost) {
+            assert!(cache.strict_drained(DomId(guest), frame));
+            cache.strict_free(frame);
+        }
     }
 
     pub fn reserve(&mut self, page: u64, count: u32) -> Result<(), CacheError> {
