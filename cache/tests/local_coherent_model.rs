@@ -91,6 +91,7 @@ fn op() -> impl Strategy<Value = Op> {
 struct Model {
     driver: Driver,
     bytes: Vec<u8>,
+    force: bool,
 }
 
 impl Model {
@@ -98,10 +99,19 @@ impl Model {
         let bytes = content(1, 70 * PAGE + 1234);
         let config = CacheConfig {
             lease_signal: None,
-            ..config(128)
+            ..config(128 + Self::more(force))
         };
         let driver = Driver::with(coherent_rig(local(force), config), &bytes, GUESTS);
-        Self { driver, bytes }
+        Self {
+            driver,
+            bytes,
+            force,
+        }
+    }
+
+    /// Without force every page may need a second frame when a session is fenced.
+    fn more(force: bool) -> u32 {
+        if force { 0 } else { 2 * PAGES as u32 }
     }
 
     /// The page within the file and its bytes; `None`: past the end.
@@ -256,7 +266,7 @@ impl Model {
             Op::Budget { frames } => {
                 let cache = self.driver.cache();
                 // Refused where too much is in quarantine.
-                let _ = cache.set_frames_max(frames);
+                let _ = cache.set_frames_max(frames + Self::more(self.force));
             }
             Op::Reclaim { pages } => {
                 self.driver.cache().reclaim(pages);
