@@ -25,6 +25,8 @@ pub struct Setup {
     pub more: String,
     /// Lines of `[limits]`.
     pub limits: String,
+    /// Guests write `export`.
+    pub coherent: bool,
     /// Names that may use `export`.
     pub allow: Vec<String>,
     /// Tables of guests and of more exports.
@@ -43,6 +45,7 @@ impl Default for Setup {
             invalidate_deadline_ms: 5000,
             more: String::new(),
             limits: String::new(),
+            coherent: false,
             allow: vec!["*".into()],
             tables: String::new(),
             fail: None,
@@ -65,12 +68,13 @@ impl Setup {
         let mut text = String::new();
         let allow = serde_json::to_string(&self.allow).expect("names are JSON, and so TOML");
         let path = tree.at("export");
+        let mode = if self.coherent { "coherent" } else { "ro" };
         write!(
             text,
             "run_dir = {:?}\nframes_mib = {frames_mib}\nforce = {force}\n\
              lease_ttl_ms = {lease_ttl_ms}\ninvalidate_deadline_ms = {invalidate_deadline_ms}\n\
              {more}\n[limits]\n{limits}\n\
-             [[export]]\nname = \"export\"\npath = {path:?}\nmode = \"ro\"\nallow = {allow}\n{}\n",
+             [[export]]\nname = \"export\"\npath = {path:?}\nmode = {mode:?}\nallow = {allow}\n{}\n",
             tree.at("run"),
             self.tables,
         )
