@@ -334,7 +334,7 @@ impl Ctx {
                     let PageRange { first, count } = range;
                     if open.file.is_coherent() {
                         let id = open.file.id;
-                        self.strict_unmapped(conn.id, session.epoch, id, (first, count));
+                        self.strict_unmapped(session.epoch, id, (first, count));
                     } else {
                         self.cache
                             .unmapped(&open.file, session.who, generation, first, count);

@@ -224,15 +224,16 @@ impl Core {
     pub(in crate::serve) fn act_strict(&mut self) -> bool {
         self.ctx.forget_ended();
         let mut more = self.ctx.exclusives();
-        while let Some((number, answer)) = self.ctx.coherent.answers.pop_front() {
-            more = true;
-            self.answer(number, answer);
-        }
+        // Who asked for another length hears of it first, as everybody does.
         for id in std::mem::take(&mut self.ctx.coherent.resized) {
             for (conn, token) in self.ctx.openers.get(&id).cloned().unwrap_or_default() {
                 self.tell_length(conn, token);
             }
             more = true;
+        }
+        while let Some((number, answer)) = self.ctx.coherent.answers.pop_front() {
+            more = true;
+            self.answer(number, answer);
         }
         more
     }

@@ -142,20 +142,13 @@ impl Ctx {
         }
     }
 
-    /// A session unmapped pages of its own will. With several opens of the file nobody knows that it means
-    /// all of them.
+    /// A session unmapped pages of its own will, in all its opens of the file. One that lies loses stores.
     pub(in crate::serve) fn strict_unmapped(
         &mut self,
-        conn: u64,
         epoch: Epoch,
         id: FileId,
         (first, count): (PageIndex, u32),
     ) {
-        let opens = self.openers.get(&id).into_iter().flatten();
-        let count_opens = opens.filter(|(of, _)| *of == conn).count();
-        if count_opens != 1 {
-            return;
-        }
         let range = first.0..first.0.saturating_add(count.into());
         let held: Vec<Place> = if count <= FAULT_PAGES_MAX {
             let place = |page| Place {

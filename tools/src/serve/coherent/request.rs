@@ -115,9 +115,18 @@ impl Ctx {
         number: u64,
         (token, common): (FileToken, bool),
     ) -> Result<(), Refusal> {
-        let open = writable(session, token)?;
+        let open = session.files.get(&token).ok_or(NO_FILE)?;
+        if open.withdrawn {
+            return Err(WITHDRAWN);
+        }
         if open.how != OpenHow::Map {
             return Err((libc::EINVAL, "the file is not open to be mapped"));
+        }
+        // What one open of a session writes its others may show.
+        let id = open.file.id;
+        let writes = |open: &Open| open.file.id == id && open.writes && !open.withdrawn;
+        if !session.files.values().any(writes) {
+            return Err(READ_ONLY);
         }
         let found = if common {
             self.cache.common(&open.file)
