@@ -76,6 +76,10 @@ fn local_a_writer_keeps_its_page_until_it_says_that_it_let_go() {
     // Gone, it is unmapped by force, and what it stored is the page.
     assert!(cache.strict_seize(DomId(1), &driver.file, page, frame));
     driver.held.clear();
+    // Whoever has the home does not see it before it is saved.
+    let generation = cache.current(&driver.file).generation;
+    assert_eq!(driver.rig.page(&driver.file, generation, 0).unwrap()[0], 0);
+    driver.save(0).unwrap();
     assert_eq!(driver.load(2, 0).unwrap()[0], b'x');
     driver.rig.audit();
 }

@@ -70,10 +70,10 @@ impl Cache {
             return Err(CacheError::BadRange("the page is in another frame"));
         }
         let at = home.at(number);
-        let there = match at {
-            _ if !self.descriptors => Where::Home,
-            Where::Arena(_) | Where::Common if !home.is_taken(number) => Where::Home,
-            _ => Where::Spare,
+        // In the home it would be seen before it is saved.
+        let there = match self.descriptors {
+            true => Where::Spare,
+            false => Where::Home,
         };
         if self.descriptors {
             self.backend.place(home.id, page, to, at, there, true)?;

@@ -238,16 +238,16 @@ impl Cache {
             return false;
         }
         if self.backend.holder_count(frame) == 0 {
-            self.bring_home(home, number, frame);
+            self.bring_back(home, number, frame);
         }
         true
     }
 
-    /// Nobody holds the page any more: it goes to where it can be read from, and what is past the file's end goes.
-    fn bring_home(&self, home: &mut Home, page: u32, frame: FrameNo) {
+    /// Nobody holds the page any more: what was written goes to where no guest has it, because whoever maps the home
+    /// would see it there before it is saved. What is past the file's end goes.
+    fn bring_back(&self, home: &mut Home, page: u32, frame: FrameNo) {
         let to = match home.at(page) {
-            Where::Arena(_) | Where::Common if home.is_taken(page) => Where::Spare,
-            Where::Arena(_) | Where::Common => Where::Home,
+            Where::Arena(_) | Where::Common => Where::Spare,
             at => at,
         };
         self.frames.lock().write_moves += 1;

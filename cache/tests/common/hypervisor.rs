@@ -149,6 +149,19 @@ impl Hypervisor {
         Some(self.frames.lock().unwrap()[&frame].clone())
     }
 
+    /// A guest maps for writing, if Xen lets it, and stores.
+    pub fn write(&self, dom: DomId, granter: DomId, gref: u32, offset: usize, bytes: &[u8]) {
+        let number = granter.0 - 90;
+        let banks = self.banks.read().unwrap();
+        let bank = banks.iter().position(|bank| *bank == Some(number)).unwrap() as u32;
+        let gfn = self.with_entry(granter, gref, |entry| {
+            entry.map(Spread.domid(dom), Access::ReadWrite)
+        });
+        let frame = FrameNo(bank * TABLE_FRAMES + gfn.unwrap() - 1000);
+        let frames = &mut *self.frames.lock().unwrap();
+        frames.get_mut(&frame).unwrap()[offset..][..bytes.len()].copy_from_slice(bytes);
+    }
+
     /// What a guest sees that has the entry mapped.
     pub fn seen(&self, dom: DomId, granter: DomId, gref: u32) -> Option<Vec<u8>> {
         let state = self.with_entry(granter, gref, Entry::state);
