@@ -1,5 +1,7 @@
 //! What the kernel's requests, the openers and the watcher of changes share.
 
+use super::direct::Direct;
+use super::limits::TTL;
 use super::linger::Lingering;
 use super::link::{Link, Live};
 use super::open::Opens;
@@ -23,12 +25,15 @@ pub(super) struct Core {
     pub(super) page_cache_opens: AtomicUsize,
     /// A leaf lock, taken with the table's at most.
     pub(super) lingering: Mutex<Lingering>,
+    /// The export is one that guests write; its files are opened there.
+    coherent: bool,
+    pub(super) direct: Direct,
     /// Set when the mount is up.
     pub(super) notifier: OnceLock<Notifier>,
 }
 
 impl Core {
-    pub(super) fn new(link: Link) -> Self {
+    pub(super) fn new(link: Link, coherent: bool) -> Self {
         let live = link.last();
         let root = live.export.root();
         let attr = *root.known_attr();
@@ -39,7 +44,22 @@ impl Core {
             passthrough: AtomicBool::new(false),
             page_cache_opens: AtomicUsize::new(0),
             lingering: Mutex::new(Lingering::default()),
+            coherent,
+            direct: Direct::default(),
             notifier: OnceLock::new(),
+        }
+    }
+
+    /// Is the export one that guests write?
+    pub(super) fn is_coherent(&self) -> bool {
+        self.coherent
+    }
+
+    /// How long the kernel may believe what it was told. Of files that others write: not at all.
+    pub(super) fn ttl(&self) -> Duration {
+        match self.coherent {
+            true => Duration::ZERO,
+            false => TTL,
         }
     }
 

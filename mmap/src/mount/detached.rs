@@ -45,9 +45,9 @@ impl Detached {
     /// Mounts. Needs the right to (CAP_SYS_ADMIN).
     pub fn new(target: &Target) -> Result<Self, MountError> {
         let device = device()?;
-        let prepared = Prepared::new(target.clone(), false, Some(SPARING_READAHEAD_BYTES))?;
+        let prepared = Prepared::new(target.clone(), false, Some(SPARING_READAHEAD_BYTES), false)?;
         let root = mount(&device, &target.export)?;
-        let config = config(&target.export, true);
+        let config = config(&target.export, true, false);
         let session = Session::from_fd(prepared.file_system(), device.into(), acl(true), config);
         let session = session.map_err(|source| MountError::Sys {
             call: "beginning with FUSE",

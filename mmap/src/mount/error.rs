@@ -11,7 +11,7 @@ pub enum MountError {
     #[error(transparent)]
     Share(#[from] MmapError),
     /// The export is of a mode that this mount would lie about.
-    #[error("the export {export} is not read-only; this version mounts read-only exports")]
+    #[error("the export {export} is of a mode that cannot be used in this way by this version")]
     Mode {
         /// Its name.
         export: String,

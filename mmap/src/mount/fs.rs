@@ -1,23 +1,26 @@
 //! The kernel's requests.
 
 use super::core::{Core, parent_of, unknown_attr};
-use super::limits::{BACKGROUND_MAX, DIR_BYTES, TTL};
+use super::limits::{BACKGROUND_MAX, DIR_BYTES};
+use super::open::Form;
 use super::table::ROOT;
 use super::workers::{Change, Job, reply_xattr};
 use crate::node::Entry;
 use copage_coherence::msg::FileKind;
 use crossbeam_channel::Sender;
 use fuser::{
-    Errno, FileHandle, Filesystem, Generation, INodeNo, InitFlags, KernelConfig, LockOwner,
-    OpenFlags, ReplyAttr, ReplyData, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyOpen,
-    ReplyStatfs, ReplyXattr, Request,
+    BsdFileFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
+    KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData,
+    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr,
+    Request, TimeOrNow, WriteFlags,
 };
 use std::ffi::OsStr;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 /// The extended attribute that shows a file's [`super::Form`]. It is not listed: to answer it, a file
 /// may have to be pinned, which copying tools that read every listed attribute must not cause.
@@ -67,12 +70,12 @@ impl Filesystem for ShareFs {
                 .enter(parent.0, name.as_bytes(), live.number, node))
         });
         match found {
-            Ok(attr) => reply.entry(&TTL, &attr, GENERATION),
+            Ok(attr) => reply.entry(&self.core.ttl(), &attr, GENERATION),
             // Programs look for their libraries under many names that are not there; the kernel
             // remembers those too.
             Err(errno) if errno.code() == libc::ENOENT => {
                 let nothing = unknown_attr(0, FileKind::Regular);
-                reply.entry(&TTL, &nothing, GENERATION);
+                reply.entry(&self.core.ttl(), &nothing, GENERATION);
             }
             Err(errno) => reply.error(errno),
         }
@@ -85,7 +88,7 @@ impl Filesystem for ShareFs {
 
     fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
         match self.core.attr(ino.0) {
-            Ok(attr) => reply.attr(&TTL, &attr),
+            Ok(attr) => reply.attr(&self.core.ttl(), &attr),
             Err(errno) => reply.error(errno),
         }
     }
@@ -98,8 +101,19 @@ impl Filesystem for ShareFs {
     }
 
     fn open(&self, _req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        let write = flags.acc_mode() != fuser::OpenAccMode::O_RDONLY;
+        if self.core.is_coherent() {
+            return match self.core.open_direct(ino.0, write) {
+                // Closing flushes nothing: what was written is where everybody reads it.
+                Ok(handle) => reply.opened(
+                    handle,
+                    FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_NOFLUSH,
+                ),
+                Err(errno) => reply.error(errno),
+            };
+        }
         // The mount is read-only, so the kernel lets none through; a remount might.
-        if flags.acc_mode() != fuser::OpenAccMode::O_RDONLY {
+        if write {
             return reply.error(Errno::EROFS);
         }
         self.core.open(ino.0, reply, &self.jobs);
@@ -109,7 +123,7 @@ impl Filesystem for ShareFs {
         &self,
         _req: &Request,
         ino: INodeNo,
-        _fh: FileHandle,
+        fh: FileHandle,
         offset: u64,
         size: u32,
         _flags: OpenFlags,
@@ -118,7 +132,11 @@ impl Filesystem for ShareFs {
     ) {
         // The kernel asks for at most 1 MiB (max_pages, fuse_i.h).
         let mut buf = vec![0; size as usize];
-        match self.core.read(ino.0, offset, &mut buf) {
+        let read = match fh.0 {
+            0 => self.core.read(ino.0, offset, &mut buf),
+            _ => self.core.read_direct(fh, offset, &mut buf),
+        };
+        match read {
             Ok(got) => reply.data(&buf[..got]),
             Err(errno) => reply.error(errno),
         }
@@ -128,14 +146,85 @@ impl Filesystem for ShareFs {
         &self,
         _req: &Request,
         ino: INodeNo,
-        _fh: FileHandle,
+        fh: FileHandle,
         _flags: OpenFlags,
         _lock_owner: Option<LockOwner>,
         _flush: bool,
         reply: ReplyEmpty,
     ) {
-        self.core.release(ino.0, &self.changes);
+        match fh.0 {
+            0 => self.core.release(ino.0, &self.changes),
+            _ => self.core.release_direct(fh),
+        }
         reply.ok();
+    }
+
+    fn write(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        data: &[u8],
+        _write_flags: WriteFlags,
+        flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        let append = flags.0 & libc::O_APPEND != 0;
+        // At most what the kernel gave, which is at most 1 MiB.
+        match self.core.write_direct(fh, data, offset, append) {
+            Ok(wrote) => reply.written(wrote as u32),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn fsync(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        fh: FileHandle,
+        _datasync: bool,
+        reply: ReplyEmpty,
+    ) {
+        // Of files that nobody writes there is nothing to be put anywhere.
+        match if fh.0 == 0 {
+            Ok(())
+        } else {
+            self.core.sync_direct(fh)
+        } {
+            Ok(()) => reply.ok(),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn setattr(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        _atime: Option<TimeOrNow>,
+        _mtime: Option<TimeOrNow>,
+        _ctime: Option<SystemTime>,
+        fh: Option<FileHandle>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        _flags: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        // Times change with the length by themselves; alone they cannot be set.
+        let (Some(bytes), None, None, None) = (size, mode, uid, gid) else {
+            return reply.error(Errno::EOPNOTSUPP);
+        };
+        let resized = self.core.resize_direct(ino.0, fh, bytes);
+        match resized.and_then(|()| self.core.attr(ino.0)) {
+            Ok(attr) => reply.attr(&self.core.ttl(), &attr),
+            Err(errno) => reply.error(errno),
+        }
     }
 
     fn readdirplus(
@@ -194,6 +283,9 @@ impl Filesystem for ShareFs {
     }
 
     fn getxattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        if name == FORM_XATTR && self.core.is_coherent() {
+            return reply_xattr(reply, size, Form::Direct.name().as_bytes());
+        }
         if name == FORM_XATTR {
             let _ = self.jobs.send(Job::Form(ino.0, size, reply));
             return;
@@ -218,6 +310,89 @@ impl Filesystem for ShareFs {
             }
             Err(errno) => reply.error(errno),
         }
+    }
+
+    // Names cannot be changed: no message does it.
+
+    fn mknod(
+        &self,
+        _req: &Request,
+        _parent: INodeNo,
+        _name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        _rdev: u32,
+        reply: ReplyEntry,
+    ) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn create(
+        &self,
+        _req: &Request,
+        _parent: INodeNo,
+        _name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        _flags: i32,
+        reply: ReplyCreate,
+    ) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn mkdir(
+        &self,
+        _req: &Request,
+        _parent: INodeNo,
+        _name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        reply: ReplyEntry,
+    ) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn unlink(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn rmdir(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn symlink(
+        &self,
+        _req: &Request,
+        _parent: INodeNo,
+        _name: &OsStr,
+        _target: &Path,
+        reply: ReplyEntry,
+    ) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn rename(
+        &self,
+        _req: &Request,
+        _parent: INodeNo,
+        _name: &OsStr,
+        _newparent: INodeNo,
+        _newname: &OsStr,
+        _flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn link(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _newparent: INodeNo,
+        _newname: &OsStr,
+        reply: ReplyEntry,
+    ) {
+        reply.error(Errno::EROFS);
     }
 }
 
@@ -249,7 +424,10 @@ impl ShareFs {
             );
         }
         let (attr, ttl) = match entry.node {
-            Some(node) => (self.core.enter(dir, &entry.name, session, node), TTL),
+            Some(node) => (
+                self.core.enter(dir, &entry.name, session, node),
+                self.core.ttl(),
+            ),
             None => {
                 let id = self.core.table.lock().enter_unknown(dir, &entry.name);
                 (unknown_attr(id, entry.kind), Duration::ZERO)

@@ -6,6 +6,10 @@
 //! mount, and everything of a daemon that grants frames and has no descriptors to give (Xen), is in
 //! page-cache form: read by messages into this kernel's page cache ([`Form`]).
 //!
+//! An export that guests write is mounted for reading and writing; its files are in direct form: every read
+//! and write goes to the daemon, so that all guests see one file, and shared mappings are refused. Names and
+//! attributes other than the length cannot be changed.
+//!
 //! A file that the host changes: what is open or mapped on frames keeps the whole old content; a new
 //! open gets the new. In page-cache form a file follows the host as on any network file system: within
 //! a second, and at each open.
@@ -19,6 +23,7 @@
 
 mod core;
 mod detached;
+mod direct;
 mod error;
 mod fs;
 mod limits;
@@ -83,8 +88,9 @@ pub fn mount(options: &Options) -> Result<Mounted, MountError> {
     let dir = place::check(&options.dir, options.nonempty)?;
     // fuser opens it again; what is wrong with it is said in our words.
     drop(server::device()?);
-    let prepared = Prepared::new(options.target.clone(), options.passthrough, None)?;
-    let config = config(&options.target.export, options.allow_other);
+    let prepared = Prepared::new(options.target.clone(), options.passthrough, None, true)?;
+    let writable = prepared.core().is_coherent();
+    let config = config(&options.target.export, options.allow_other, writable);
     let session = Session::new(prepared.file_system(), &dir, &config).map_err(mount_error)?;
     let server = prepared.serve(session)?;
     Ok(Mounted { dir, server })
@@ -97,10 +103,14 @@ fn acl(allow_other: bool) -> SessionACL {
     }
 }
 
-fn config(export: &str, allow_other: bool) -> Config {
+fn config(export: &str, allow_other: bool, writable: bool) -> Config {
     let mut config = Config::default();
     config.mount_options = vec![
-        MountOption::RO,
+        if writable {
+            MountOption::RW
+        } else {
+            MountOption::RO
+        },
         MountOption::DefaultPermissions,
         MountOption::FSName(place::source_name(export)),
         MountOption::CUSTOM("subtype=copage".into()),

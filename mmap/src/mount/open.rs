@@ -28,6 +28,8 @@ pub enum Form {
     Frames,
     /// Through this kernel's page cache: a copy, read by messages.
     PageCache,
+    /// By messages, each read and write: files of `coherent` exports.
+    Direct,
 }
 
 impl Form {
@@ -36,6 +38,7 @@ impl Form {
         match self {
             Self::Frames => "frames",
             Self::PageCache => "page-cache",
+            Self::Direct => "direct",
         }
     }
 }
@@ -449,7 +452,7 @@ impl Opens {
     fn keep_cache(&mut self, file: &OpenFile) -> bool {
         match file.form() {
             Form::Frames => true,
-            Form::PageCache => {
+            Form::PageCache | Form::Direct => {
                 let version = file.file.version();
                 self.cached.replace(version) == Some(version)
             }

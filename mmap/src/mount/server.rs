@@ -37,16 +37,19 @@ impl Prepared {
         target: Target,
         want_passthrough: bool,
         readahead_bytes: Option<u32>,
+        may_be_coherent: bool,
     ) -> Result<Self, MountError> {
         let link = Link::new(target)?;
-        if link.last().export.mode() != ExportMode::ReadOnly {
+        let mode = link.last().export.mode();
+        let coherent = mode == ExportMode::Coherent && may_be_coherent;
+        if mode != ExportMode::ReadOnly && !coherent {
             return Err(MountError::Mode {
                 export: link.target().export.clone(),
             });
         }
         Ok(Self {
-            core: Arc::new(Core::new(link)),
-            want_passthrough,
+            core: Arc::new(Core::new(link, coherent)),
+            want_passthrough: want_passthrough && !coherent,
             readahead_bytes,
             jobs: crossbeam_channel::unbounded(),
             changes: crossbeam_channel::unbounded(),
@@ -79,7 +82,12 @@ impl Prepared {
         } = self;
         // The file system has its own: the threads end when it does.
         drop(jobs);
-        let why = no_passthrough(&session, &core, want_passthrough);
+        let why = match core.is_coherent() {
+            true => {
+                Some("guests write the export, and shared mappings of its files are refused".into())
+            }
+            false => no_passthrough(&session, &core, want_passthrough),
+        };
         let _ = core.notifier.set(session.notifier());
         for number in 0..limits::OPENERS {
             let (core, queue, changes) = (core.clone(), job_queue.clone(), changes.clone());
@@ -104,9 +112,10 @@ impl Prepared {
                 result
             })
             .map_err(sys("starting a thread"))?;
-        let form = match core.passthrough() {
-            true => Form::Frames,
-            false => Form::PageCache,
+        let form = match (core.is_coherent(), core.passthrough()) {
+            (true, _) => Form::Direct,
+            (false, true) => Form::Frames,
+            (false, false) => Form::PageCache,
         };
         Ok(Server {
             form,

@@ -101,8 +101,12 @@ fn announce(args: &Args, mounted: &Mounted) -> Result<()> {
     let form = match mounted.form() {
         Form::Frames => "files on shared frames; what is too large to pin through the page cache",
         Form::PageCache => "files through this kernel's page cache",
+        Form::Direct => {
+            "for reading and writing, each by a message to the daemon; shared mappings are refused"
+        }
     };
-    if let Some(why) = mounted.why_page_cache().filter(|_| !args.no_frames) {
+    let why = mounted.why_page_cache();
+    if let Some(why) = why.filter(|_| !args.no_frames && mounted.form() != Form::Direct) {
         eprintln!("copage mount: every file goes through this kernel's page cache: {why}");
     }
     let mut out = io::stdout().lock();
