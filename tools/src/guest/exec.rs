@@ -216,7 +216,6 @@ fn show(running: &Running, form: &Form, report: Option<&TextReport>) {
     let place = match form {
         Form::Frames => "shared frames",
         Form::PageCache => "the page cache",
-        Form::Direct => "messages",
         Form::Copies(_) => "copies",
     };
     eprintln!(
