@@ -523,8 +523,14 @@ fn local_late_renewals() {
 fn local_liars() {
     check(Bounds {
         name: "who acks without unmapping",
+        config: StrictConfig {
+            hold_ms: 0,
+            look_again_ms: 60,
+            ..PAGES
+        },
         left: Left {
-            advances: 4,
+            renewals: 1,
+            advances: 3,
             lies: 1,
             ..FEW
         },

@@ -58,6 +58,20 @@ pub enum Call {
     },
 }
 
+impl Call {
+    /// In one word.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Store { .. } => "store",
+            Self::Load { .. } => "load",
+            Self::Write { .. } => "write",
+            Self::Read { .. } => "read",
+            Self::Sync => "sync",
+            Self::Resize { .. } => "resize",
+        }
+    }
+}
+
 /// How it ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

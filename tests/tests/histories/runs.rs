@@ -4,9 +4,10 @@ use super::check::{Summary, Trouble, check};
 use copage_grants::PAGE_SIZE_U64;
 use copage_tests::daemon::{Daemon, Setup};
 use copage_tests::guest::Guest;
-use copage_tests::history::{Op, Plan, now_ns, read_log};
+use copage_tests::history::{Call, Op, Outcome, Plan, now_ns, read_log};
 use copage_tests::orders::{Answer, Order};
 use copage_tests::tree::Tree;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -127,6 +128,31 @@ impl Run {
         self.daemon = Daemon::start(&self.tree, &self.setup);
     }
 
+    /// What the file has when all is over and synced: every word, read on the host, where no guest and no
+    /// daemon is asked.
+    fn read_at_last(&self) -> Vec<Op> {
+        let mut last = Guest::connected(self.tree.root(), &self.daemon.socket(), "last");
+        let file = last.open_written("shared", "file");
+        last.sync(file);
+        drop(last);
+        let begin_ns = now_ns();
+        let bytes = std::fs::read(self.tree.at("other").join("file")).expect("the file");
+        let end_ns = now_ns();
+        let words = bytes.chunks_exact(8).zip(0..);
+        let read = words.filter_map(|(bytes, n)| {
+            let (page, word) = (n * 8 / PAGE_SIZE_U64, n % (PAGE_SIZE_U64 / 8));
+            let value = u64::from_le_bytes(bytes.try_into().ok()?);
+            // What is past the file's end now and then has too many changes of that for the checker.
+            (page < self.plan.pages && word < self.plan.slots).then_some(Op {
+                guest: self.count,
+                call: Call::Read { page, word },
+                begin_ns,
+                end: Some((end_ns, Outcome::Value(Some(value)))),
+            })
+        });
+        read.collect()
+    }
+
     /// Waits for all guests, and checks what they did.
     pub fn finish(mut self, what: &str, seen_is_kept: bool) -> Summary {
         let mut ended = 0;
@@ -142,6 +168,7 @@ impl Run {
             ended <= self.fenced.len(),
             "{ended} guests died of themselves"
         );
+        let read = self.read_at_last();
         let (mut ops, mut troubles) = (Vec::<Op>::new(), self.fenced.clone());
         for guest in 0..self.count {
             let (of_guest, anew) = read_log(&self.log(guest), guest);
@@ -155,9 +182,23 @@ impl Run {
                 });
             }
         }
+        ops.extend(read);
         let summary =
             check(&ops, &troubles, seen_is_kept).unwrap_or_else(|v| panic!("{what}: {v:?}"));
         println!("history {what}: {} operations: {summary:?}", ops.len());
+        let mut failed = BTreeMap::<(&str, i32), usize>::new();
+        for op in &ops {
+            if let Some((_, Outcome::Failed(errno))) = op.end {
+                *failed.entry((op.call.name(), errno)).or_default() += 1;
+            }
+        }
+        if !failed.is_empty() {
+            println!("  failed, by errno: {failed:?}");
+        }
+        assert!(
+            failed.is_empty() || !troubles.is_empty(),
+            "something failed though nothing was wrong"
+        );
         self.daemon.audit_clean();
         assert!(
             summary.of_others > 20,
