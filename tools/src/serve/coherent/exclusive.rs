@@ -31,6 +31,8 @@ pub(in crate::serve) struct Running {
     number: u64,
     /// Pages to be taken still.
     todo: Vec<PageIndex>,
+    /// Some are being taken.
+    is_taking: bool,
     /// Its pages are out, and the cache works on it.
     is_job: bool,
 }
@@ -82,7 +84,13 @@ impl Ctx {
         let Some(file) = self.coherent.files.get_mut(&id) else {
             return;
         };
-        if file.running.is_some() || file.active > 0 {
+        if let Some(running) = &file.running {
+            if !running.is_taking && !running.is_job {
+                self.take_more(id);
+            }
+            return;
+        }
+        if file.active > 0 {
             return;
         }
         let Some(&what) = file.exclusive.front() else {
@@ -108,6 +116,7 @@ impl Ctx {
         file.running = Some(Running {
             number,
             todo,
+            is_taking: false,
             is_job: false,
         });
         self.take_more(id);
@@ -129,6 +138,7 @@ impl Ctx {
         if pages.is_empty() {
             return self.do_exclusive(id);
         }
+        running.is_taking = true;
         self.take(number, id, pages, true);
     }
 
@@ -180,7 +190,14 @@ impl Ctx {
         let id = taking.file;
         match (taking.is_exclusive, taking.errno) {
             (false, _) => self.forget_file(id),
-            (true, None) => self.take_more(id),
+            (true, None) => {
+                // It goes on when all that came of the last step is done: frames are freed behind this.
+                let file = self.coherent.files.get_mut(&id);
+                if let Some(running) = file.and_then(|file| file.running.as_mut()) {
+                    running.is_taking = false;
+                }
+                self.coherent.ready.push_back(id);
+            }
             (true, Some(errno)) => self.cannot_take(id, errno),
         }
         true
