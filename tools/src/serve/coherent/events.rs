@@ -224,6 +224,14 @@ impl Core {
     pub(in crate::serve) fn act_strict(&mut self) -> bool {
         self.ctx.forget_ended();
         let mut more = self.ctx.exclusives();
+        for id in std::mem::take(&mut self.ctx.coherent.rehomed) {
+            for (conn, token) in self.ctx.openers.get(&id).cloned().unwrap_or_default() {
+                if let Some(conn) = self.conns.get_mut(&conn) {
+                    self.ctx.rebase(conn, token);
+                }
+            }
+            more = true;
+        }
         // Who asked for another length hears of it first, as everybody does.
         for id in std::mem::take(&mut self.ctx.coherent.resized) {
             for (conn, token) in self.ctx.openers.get(&id).cloned().unwrap_or_default() {

@@ -228,8 +228,10 @@ impl Ctx {
             Exclusive::Rehome | Exclusive::Reload => {
                 counts.rehomes += 1;
                 match self.cache.strict_rehome(&cached) {
-                    // Who has it open is told by the cache's word that there is another content.
-                    Ok(_) => self.end_exclusive(id, None),
+                    Ok(_) => {
+                        self.coherent.rehomed.push(id);
+                        self.end_exclusive(id, None);
+                    }
                     Err(error) => {
                         tracing::warn!(%error, "a file cannot be served anew yet");
                         self.cannot_take(id, error.errno());

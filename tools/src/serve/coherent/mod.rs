@@ -74,8 +74,9 @@ pub(super) struct Coherent {
     /// Files whose exclusive work may begin or go on, and when to try again what failed.
     ready: VecDeque<FileId>,
     retries: BTreeSet<(u64, FileId)>,
-    /// Files of whose new length those who have them open are to be told.
+    /// Files of whose new length, or new home, those who have them open are to be told.
     resized: Vec<FileId>,
+    rehomed: Vec<FileId>,
     pub counts: StrictCounts,
 }
 
@@ -101,6 +102,7 @@ impl Coherent {
             ready: VecDeque::new(),
             retries: BTreeSet::new(),
             resized: Vec::new(),
+            rehomed: Vec::new(),
             counts: StrictCounts::default(),
         }
     }
