@@ -82,3 +82,10 @@ pub const SWEEP_WAIT_PERCENT: u32 = 2;
 /// Files of guests that have ended and that one trust class may keep from being emptied; each is bounded by its
 /// session's limit.
 pub const ENDED_FILES_MAX: usize = 16;
+
+/// Arenas of one session: a descriptor each.
+pub const SESSION_ARENAS_MAX: usize = 512;
+
+/// Windows on guests' files that are kept: a mapping each, of the 65,530 that a process may have
+/// (`vm.max_map_count`). Beyond it each write makes its own.
+pub const WINDOWS_KEPT_MAX: u32 = 8192;

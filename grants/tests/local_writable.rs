@@ -2,6 +2,7 @@
 //! it writes. These tests cannot show what happens to mappings of the library (its own tests do).
 #![allow(clippy::unwrap_used, clippy::panic)] // Tests.
 
+use copage_grants::limits::SESSION_ARENAS_MAX;
 use copage_grants::sys::PageMap;
 use copage_grants::{
     Access, Backend, DomId, FrameNo, FrameStore, GrantError, HomeId, HomeSpec, LocalBackend,
@@ -539,4 +540,34 @@ fn local_a_guest_that_cuts_off_or_fills_its_arena_harms_itself() {
     guest.write_all_at(b"x", 0).unwrap();
     let more = guest.write_all_at(b"x", PAGE).unwrap_err();
     assert_eq!(more.raw_os_error(), Some(libc::ENOSPC));
+}
+
+#[test]
+fn local_a_session_has_so_many_arenas_and_no_more() {
+    if copage_grants::sys::raise_open_files().unwrap() < 8 * SESSION_ARENAS_MAX as u64 {
+        println!("skipped: this process may not open as many files");
+        return;
+    }
+    for (backend, _) in homes() {
+        let open = || {
+            let spec = HomeSpec {
+                label: "many".into(),
+                bytes: PAGE,
+                class: TrustClass::OWN,
+            };
+            backend.open_home(&spec).unwrap()
+        };
+        let homes: Vec<HomeId> = (0..SESSION_ARENAS_MAX).map(|_| open()).collect();
+        for home in &homes {
+            drop(backend.arena(*home, DomId(1)).unwrap());
+        }
+        let one_more = open();
+        let refused = backend.arena(one_more, DomId(1));
+        assert!(matches!(refused, Err(GrantError::NoMemory(_))));
+        drop(backend.arena(homes[0], DomId(1)).unwrap());
+        drop(backend.arena(one_more, DomId(2)).unwrap());
+        backend.end_arena(homes[3], DomId(1)).unwrap();
+        assert!(backend.wait_swept(SOON));
+        drop(backend.arena(one_more, DomId(1)).unwrap());
+    }
 }

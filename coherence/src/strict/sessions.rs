@@ -79,10 +79,8 @@ impl Strict {
         out: &mut Vec<Output>,
     ) {
         // Who fell due is fenced before what it says is looked at.
-        let mut steps = VecDeque::from([
-            Step::Session(session::Event::Tick),
-            Step::Page(Event::Tick),
-        ]);
+        let mut steps =
+            VecDeque::from([Step::Session(session::Event::Tick), Step::Page(Event::Tick)]);
         steps.push_back(match input {
             Input::Session(event) => Step::Session(event),
             Input::Page(event) => Step::Page(event),

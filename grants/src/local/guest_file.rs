@@ -96,12 +96,14 @@ impl GuestFile {
 
     /// Writes within one page.
     pub(super) fn write(&self, from: u64, data: &[u8]) -> Result<(), GrantError> {
-        let window = &mut *self.window.lock();
-        let window = match window {
+        let kept = &mut *self.window.lock();
+        let window = match kept.take() {
             Some(window) if window.has(from) => window,
-            other => other.insert(Window::over(&self.fd, from)?),
+            _ => Window::over(&self.fd, from)?,
         };
-        window.write(from, data)
+        let written = window.write(from, data);
+        *kept = Window::may_stay().then_some(window);
+        written
     }
 
     /// Takes pages out. Waits for as long as a guest likes.

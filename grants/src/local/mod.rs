@@ -44,7 +44,7 @@ use crate::backend::HomeSpec;
 use crate::entry::OwnEntries;
 use crate::error::GrantError;
 use crate::ids::{DomId, FrameNo, HomeId, TableId, TrustClass};
-use crate::limits::{HUGE_PAGES, LOCAL_ENTRIES_DEFAULT};
+use crate::limits::{HUGE_PAGES, LOCAL_ENTRIES_DEFAULT, SESSION_ARENAS_MAX};
 use crate::table::{GrantTables, Placement};
 use frames::FrameFiles;
 use guest_file::{GuestFile, GuestFiles};
@@ -236,6 +236,11 @@ impl LocalBackend {
     fn guest_files_of(&self, dom: DomId) -> Result<Arc<GuestFiles>, GrantError> {
         let sessions = &mut *self.sessions.lock();
         if let Some(files) = sessions.get(&dom).and_then(Weak::upgrade) {
+            // Each file has it, and we.
+            if Arc::strong_count(&files) > SESSION_ARENAS_MAX {
+                let many = std::io::Error::from_raw_os_error(libc::EMFILE);
+                return Err(GrantError::NoMemory(many));
+            }
             return Ok(files);
         }
         sessions.retain(|_, files| files.strong_count() > 0);

@@ -2,13 +2,18 @@
 
 use super::frames::sys;
 use crate::error::GrantError;
+use crate::limits::WINDOWS_KEPT_MAX;
 use crate::sys::write_own_memory;
 use rustix::mm::{MapFlags, ProtFlags};
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Address space of one window; memory is touched as pages are written.
 const WINDOW_BYTES: u64 = 1 << 30;
+
+/// Those there are, in the whole process, whose mappings are counted together.
+static WINDOWS: AtomicU32 = AtomicU32::new(0);
 
 /// A part of a file, mapped. Nobody ever gets its address: what guests change is not memory of ours.
 pub(super) struct Window {
@@ -36,7 +41,13 @@ impl Window {
             )
         }
         .map_err(sys("mmap of an arena"))?;
+        WINDOWS.fetch_add(1, Ordering::Relaxed);
         Ok(Self { start, offset })
+    }
+
+    /// There is room to keep it for another write.
+    pub(super) fn may_stay() -> bool {
+        WINDOWS.load(Ordering::Relaxed) <= WINDOWS_KEPT_MAX
     }
 
     pub(super) fn has(&self, at: u64) -> bool {
@@ -67,6 +78,7 @@ impl Window {
 
 impl Drop for Window {
     fn drop(&mut self) {
+        WINDOWS.fetch_sub(1, Ordering::Relaxed);
         // SAFETY: the range was mapped by `over`, and nobody else has its address. An error (there is none
         // for a range that is mapped) would leave address space behind, no more.
         let _ = unsafe { rustix::mm::munmap(self.start, WINDOW_BYTES as usize) };
