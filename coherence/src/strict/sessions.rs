@@ -32,6 +32,15 @@ pub struct Strict {
     pages: Pages,
     /// Which page each unanswered recall is for.
     asked: BTreeMap<(Epoch, u64), Place>,
+    recalls: BTreeMap<Epoch, Recalls>,
+}
+
+/// Recalls of pages from one session. No more are unanswered at a time than half of what a session may
+/// leave unanswered before it is fenced for that; the rest waits here, while its deadline runs.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+struct Recalls {
+    unanswered: usize,
+    later: VecDeque<Place>,
 }
 
 enum Step {
@@ -51,6 +60,7 @@ impl Strict {
             sessions: Sessions::new(sessions, first_epoch),
             pages: Pages::new(pages, first_version, grace_until_ms),
             asked: BTreeMap::new(),
+            recalls: BTreeMap::new(),
         }
     }
 
@@ -100,7 +110,7 @@ impl Strict {
                 self.of_session(action, &mut then, out);
             }
             for action in of_pages.drain(..) {
-                of_page(action, &mut then, out);
+                self.of_page(action, &mut then, out);
             }
             then.append(&mut steps);
             steps = then;
@@ -140,11 +150,13 @@ impl Strict {
                 if let Some(place) = self.asked.remove(&(epoch, recall)) {
                     if outcome == RecallOutcome::Acked {
                         then.push_back(Step::Page(Event::Acked { epoch, place }));
+                        self.recall_next(epoch, then);
                     }
                     return;
                 }
             }
             session::Action::Fenced { epoch, .. } | session::Action::Ended { epoch, .. } => {
+                self.recalls.remove(&epoch);
                 self.pages.end_wants(epoch);
                 then.push_back(Step::Page(Event::Gone { epoch }));
             }
@@ -152,18 +164,44 @@ impl Strict {
         }
         out.push(Output::Session(action));
     }
-}
 
-fn of_page(action: Action, then: &mut VecDeque<Step>, out: &mut Vec<Output>) {
-    match action {
-        Action::Recall { epoch, place } => {
-            let subject = Subject::Place(place);
-            then.push_back(Step::Session(session::Event::Recall { epoch, subject }));
+    fn of_page(&mut self, action: Action, then: &mut VecDeque<Step>, out: &mut Vec<Output>) {
+        match action {
+            Action::Recall { epoch, place } => {
+                let unanswered_max = (self.sessions.config().recalls_max / 2).max(1);
+                let recalls = self.recalls.entry(epoch).or_default();
+                if recalls.unanswered >= unanswered_max {
+                    recalls.later.push_back(place);
+                    return;
+                }
+                recalls.unanswered += 1;
+                let subject = Subject::Place(place);
+                then.push_back(Step::Session(session::Event::Recall { epoch, subject }));
+            }
+            Action::Fence { epoch } => {
+                let reason = FenceReason::DeadlineMissed;
+                then.push_back(Step::Session(session::Event::Fence { epoch, reason }));
+            }
+            action => out.push(Output::Page(action)),
         }
-        Action::Fence { epoch } => {
-            let reason = FenceReason::DeadlineMissed;
-            then.push_back(Step::Session(session::Event::Fence { epoch, reason }));
+    }
+
+    /// A recall was answered: what waited for that is asked for, unless the session let go of it by itself.
+    fn recall_next(&mut self, epoch: Epoch, then: &mut VecDeque<Step>) {
+        let Some(recalls) = self.recalls.get_mut(&epoch) else {
+            return;
+        };
+        recalls.unanswered -= 1;
+        while let Some(place) = recalls.later.pop_front() {
+            if self.pages.is_leaving(epoch, place) {
+                recalls.unanswered += 1;
+                let subject = Subject::Place(place);
+                then.push_back(Step::Session(session::Event::Recall { epoch, subject }));
+                return;
+            }
         }
-        action => out.push(Output::Page(action)),
+        if recalls.unanswered == 0 {
+            self.recalls.remove(&epoch);
+        }
     }
 }
