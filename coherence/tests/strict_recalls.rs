@@ -11,7 +11,7 @@
 use copage_coherence::session::{
     Action as SessionAction, Event as SessionEvent, Guest, SessionConfig,
 };
-use copage_coherence::strict::{Action, Event, Input, Output, Place, Strict, StrictConfig, Table};
+use copage_coherence::strict::{Event, Input, Output, Place, Strict, StrictConfig, Table};
 use copage_grants::{Access, Epoch, FrameNo, PageIndex, Version};
 
 const PAGES: u64 = 50;
