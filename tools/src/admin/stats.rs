@@ -136,7 +136,9 @@ fn once(admin: &mut Admin, args: &Args) -> Result<()> {
 fn host_cache_of(admin: &mut Admin) -> Result<Option<HostCache>> {
     match admin.ask(&AdminRequest::ExportList)? {
         AdminReply::Exports { exports } => {
-            let roots: Vec<_> = exports.into_iter().map(|export| export.path).collect();
+            // Whoever opens a coherent file takes it from all guests.
+            let quiet = exports.into_iter().filter(|export| export.mode == "ro");
+            let roots: Vec<_> = quiet.map(|export| export.path).collect();
             Ok(host_cache::look(&roots))
         }
         _ => bail!(AdminError::Other),

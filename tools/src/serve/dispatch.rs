@@ -6,15 +6,14 @@ use super::convert;
 use super::ctx::{Ctx, Wanted};
 use super::limits::STRIKES_MAX;
 use super::session::{Conn, Hello, Session};
-use copage_cache::{FaultDone, FaultOutcome, MetaOp, NodeRef, OpenHow};
+use copage_cache::{MetaOp, NodeRef, OpenHow};
 use copage_coherence::msg::{
-    DATA_BYTES_MAX, FAULT_PAGES_MAX, FenceReason, FileToken, Generation, GrantedPlace, Handle,
-    HelloFlags, NAME_BYTES_MAX, PROTOCOL_VERSION, PageRange, Reply, Request, decode_header,
+    DATA_BYTES_MAX, FenceReason, Generation, Handle, HelloFlags, NAME_BYTES_MAX, PROTOCOL_VERSION,
+    PageRange, Reply, Request, decode_header,
 };
 use copage_coherence::session::{Action, Event, Guest};
 use copage_coherence::strict::Output;
 use copage_grants::channel::Peer;
-use copage_grants::{Access, DomId, Version};
 
 /// The longest name of an extended attribute, in bytes (`XATTR_NAME_MAX`, linux/limits.h).
 const XATTR_NAME_BYTES_MAX: usize = 255;
@@ -29,14 +28,14 @@ pub(super) enum After {
 }
 
 /// An error for the guest: errno and text.
-type Refusal = (i32, &'static str);
+pub(super) type Refusal = (i32, &'static str);
 
 const NO_HANDLE: Refusal = (
     libc::EBADF,
     "this handle is not of this session, or was given back",
 );
-const READ_ONLY: Refusal = (libc::EROFS, "the export is read-only");
-const NO_FILE: Refusal = (libc::EBADF, "this session has no such open file");
+pub(super) const READ_ONLY: Refusal = (libc::EROFS, "the export is read-only");
+pub(super) const NO_FILE: Refusal = (libc::EBADF, "this session has no such open file");
 
 impl Ctx {
     /// Takes one message of a guest.
@@ -389,119 +388,6 @@ impl Ctx {
         Ok(())
     }
 
-    fn fault(
-        &mut self,
-        conn: &mut Conn,
-        session: &mut Session,
-        number: u64,
-        asked: FaultAsked,
-    ) -> Result<(), Refusal> {
-        let FaultAsked { token, range, .. } = asked;
-        if range.count > FAULT_PAGES_MAX {
-            return Err((libc::EINVAL, "a fault asks for 512 pages at most"));
-        }
-        let open = session.files.get(&token).ok_or(NO_FILE)?;
-        if open.withdrawn {
-            return Err((libc::ESTALE, "the export is not offered any more"));
-        }
-        if open.how == OpenHow::Pin {
-            // It has all pages, and the newer home, which has holes, is not for who pins.
-            return Err((libc::EINVAL, "a pinned file has no faults"));
-        }
-        if open.file.is_coherent() {
-            return self.ask_fault(conn, session, number, asked);
-        }
-        if asked.access == Access::ReadWrite {
-            return Err(READ_ONLY);
-        }
-        let file = open.file.clone();
-        let ticket = self.ticket(conn.id, session, number, Wanted::Fault(token));
-        let outcome = self.cache.fault(
-            ticket,
-            &file,
-            session.who,
-            asked.generation,
-            range.first,
-            range.count,
-            convert::fault_hint(asked.hint),
-        );
-        if let FaultOutcome::Ready(result) = outcome {
-            self.tickets.remove(&ticket);
-            session.in_flight -= 1;
-            match result {
-                Ok(done) => self.faulted(conn, session, number, token, done),
-                Err(error) => {
-                    let text = error.to_string();
-                    self.refuse_as(conn, session, number, error.errno(), &text);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Answers a fault.
-    pub(super) fn faulted(
-        &mut self,
-        conn: &mut Conn,
-        session: &Session,
-        number: u64,
-        token: FileToken,
-        done: FaultDone,
-    ) {
-        match done {
-            FaultDone::Granted {
-                generation,
-                first,
-                count,
-                grants,
-            } => {
-                let (granter, refs) = grants.map_or((DomId(0), Vec::new()), |g| {
-                    let refs = g.refs.iter().flat_map(|gref| gref.to_le_bytes());
-                    (g.granter, refs.collect())
-                });
-                let reply = Reply::Granted {
-                    generation: Generation(generation),
-                    range: PageRange { first, count },
-                    granter,
-                    refs: &refs,
-                    access: Access::ReadOnly,
-                    place: GrantedPlace::Home,
-                    version: Version(0),
-                };
-                self.answer(conn, session, number, &reply);
-            }
-            FaultDone::Stale(_) => self.stale(conn, session, number, token),
-        }
-    }
-
-    /// Answers a fault of a generation that is not the newest.
-    pub(super) fn stale(
-        &mut self,
-        conn: &mut Conn,
-        session: &Session,
-        number: u64,
-        token: FileToken,
-    ) {
-        let Some(open) = session.files.get(&token) else {
-            self.refuse_as(conn, session, number, NO_FILE.0, NO_FILE.1);
-            return;
-        };
-        match self.newest(&open.file) {
-            Ok((state, fd)) => {
-                let reply = Reply::Stale {
-                    generation: Generation(state.generation),
-                    version: state.version,
-                    bytes: state.bytes,
-                };
-                self.answer_with(conn, session.epoch, number, &reply, fd);
-            }
-            Err(error) => {
-                let text = error.to_string();
-                self.refuse_as(conn, session, number, error.errno(), &text);
-            }
-        }
-    }
-
     fn submit(
         &mut self,
         conn: &Conn,
@@ -525,7 +411,7 @@ impl Ctx {
         self.answer_with(conn, session.epoch, number, reply, None);
     }
 
-    fn refuse_as(
+    pub(super) fn refuse_as(
         &mut self,
         conn: &mut Conn,
         session: &Session,

@@ -27,8 +27,11 @@ pub const WRITABLE_PAGES_MAX: usize = 65_536;
 pub const TAKES_AT_ONCE: usize = 256;
 /// How often a fault begins anew because its first page was taken back before the others were there.
 pub const LOST_TRIES_MAX: u32 = 64;
-/// When a fault is tried again that waits for the guest's own pages, in ms.
+/// When a fault is tried again that waits for the guest's own pages, or a length that waits for frames, in ms.
 pub const NO_ROOM_RETRY_MS: u64 = 20;
+/// How often a file's length is tried to be changed while something of what is cut off is not out yet: 4 s in
+/// all. What a fenced session may have mapped is lost, and stands in nobody's way.
+pub const RESIZE_TRIES_MAX: u32 = 200;
 /// When work that needs a file for itself is tried again after the disk refused, in ms.
 pub const EXCLUSIVE_RETRY_MS: u64 = 500;
 /// How often it is looked whether sessions that are gone let go of frames, in ms.

@@ -18,6 +18,7 @@ mod core;
 mod ctx;
 mod dispatch;
 mod exports;
+mod fault;
 mod handles;
 mod identity;
 mod lifecycle;
@@ -28,6 +29,7 @@ mod ready;
 mod run_dir;
 mod session;
 mod start;
+mod strict_types;
 mod wake;
 mod xen;
 

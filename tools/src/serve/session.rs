@@ -139,10 +139,9 @@ impl Conn {
 
     /// May it ask for more?
     pub(super) fn may_read(&self) -> bool {
-        let may_ask = |s: &Box<Session>| {
-            s.in_flight < IN_FLIGHT_MAX && s.bytes_in_flight < BYTES_IN_FLIGHT_PAUSE
-        };
-        self.session.as_ref().is_none_or(may_ask) && self.has_room()
+        let may_ask =
+            |s: &Session| s.in_flight < IN_FLIGHT_MAX && s.bytes_in_flight < BYTES_IN_FLIGHT_PAUSE;
+        self.session.as_deref().is_none_or(may_ask) && self.has_room()
     }
 
     /// What the poller should wait for.

@@ -55,9 +55,9 @@ impl StrictCounts {
 
 impl Coherent {
     /// All of it.
-    pub(in crate::serve) fn entry(&self) -> StrictEntry {
+    pub(in crate::serve) fn entry(&self) -> Box<StrictEntry> {
         let counts = &self.counts;
-        StrictEntry {
+        Box::new(StrictEntry {
             granted_read: counts.granted_read,
             granted_write: counts.granted_write,
             granted_shared: counts.granted_shared,
@@ -76,7 +76,7 @@ impl Coherent {
             write_wait_p99_ms: counts.wait_ms(990),
             now_files: self.files.len() as u64,
             now_works: self.works.len() as u64,
-        }
+        })
     }
 }
 

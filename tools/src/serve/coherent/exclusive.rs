@@ -3,7 +3,7 @@
 
 use super::super::complete::Answer;
 use super::super::ctx::Ctx;
-use super::super::limits::{EXCLUSIVE_RETRY_MS, TAKES_AT_ONCE};
+use super::super::limits::{EXCLUSIVE_RETRY_MS, NO_ROOM_RETRY_MS, RESIZE_TRIES_MAX, TAKES_AT_ONCE};
 use super::work::{split, ticket};
 use copage_cache::{CacheError, FileId, FileState};
 use copage_coherence::strict::{Event, Input, Place};
@@ -261,8 +261,23 @@ impl Ctx {
                 self.coherent.resized.push(id);
                 self.end_exclusive(id, None);
             }
+            Err(error) if error.errno() == libc::EAGAIN => self.resize_again(id),
             Err(error) => self.end_exclusive(id, Some(error.errno())),
         }
+    }
+
+    /// Something of what was taken is not out yet, as a frame that somebody who is gone has mapped.
+    fn resize_again(&mut self, id: FileId) {
+        let Some(file) = self.coherent.files.get_mut(&id) else {
+            return;
+        };
+        file.tries += 1;
+        if file.tries > RESIZE_TRIES_MAX {
+            return self.end_exclusive(id, Some(libc::EBUSY));
+        }
+        file.running = None;
+        let at_ms = self.now_ms + NO_ROOM_RETRY_MS;
+        self.coherent.retries.insert((at_ms, id));
     }
 
     /// Some pages could not be saved, so they were not given up.
@@ -307,6 +322,7 @@ impl Ctx {
             return;
         };
         file.running = None;
+        file.tries = 0;
         let what = file.exclusive.pop_front();
         self.coherent.ready.push_back(id);
         match (what, errno) {

@@ -20,6 +20,8 @@ pub(in crate::serve) struct CoFile {
     /// What needs the file for itself: the first of them runs, or waits for works under way.
     pub exclusive: VecDeque<Exclusive>,
     pub running: Option<Running>,
+    /// How often it was begun anew.
+    pub tries: u32,
     /// When dirty pages are written to the host's file next, in ms; `None`: no page is dirty.
     pub due_ms: Option<u64>,
     /// A write-back is under way.
@@ -47,6 +49,7 @@ impl Ctx {
             parked: VecDeque::new(),
             exclusive: VecDeque::new(),
             running: None,
+            tries: 0,
             due_ms: None,
             writing_back: false,
         });
