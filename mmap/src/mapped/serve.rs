@@ -60,6 +60,7 @@ impl Mapped {
             return Change::Done;
         };
         let at = addr - self.addr;
+        tracing::warn!(page = file_page, %error, "a page is refused: an access to it is SIGBUS");
         ops.last_error = Some(PageError {
             offset: Some(at),
             error,
