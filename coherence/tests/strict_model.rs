@@ -296,9 +296,10 @@ fn one_kind(bounds: &Bounds, w: &World) -> bool {
         of.map(|(_, entry)| entry.shared)
     };
     bounds.config.share_in_place
-        || entries
-            .iter()
-            .all(|((_, frame), entry)| shared(*frame).all(|s| s == entry.shared))
+        || entries.iter().all(|((_, frame), entry)| {
+            let writes = !entry.shared || entry.access == Access::ReadWrite;
+            writes && shared(*frame).all(|s| s == entry.shared)
+        })
 }
 
 fn seen_is_saved(_: &Bounds, w: &World) -> bool {

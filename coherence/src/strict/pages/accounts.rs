@@ -53,6 +53,12 @@ impl Account {
         self.parked.push_back((place, ticket));
     }
 
+    /// A page that it waits for while nothing is on its way that would make room for it.
+    pub(super) fn forgotten(&self) -> Option<Place> {
+        let (place, _) = self.parked.front()?;
+        (self.leaving == 0 && self.waiting_to_write == 0).then_some(*place)
+    }
+
     pub(super) fn end_wants(&mut self) {
         self.waiting = 0;
         self.waiting_to_write = 0;

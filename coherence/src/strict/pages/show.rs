@@ -1,5 +1,6 @@
 //! What displays, sync and the audit see.
 
+use super::accounts::Account;
 use super::{Page, Pages, Place, Want, Work};
 use crate::strict::page::Holder;
 use copage_grants::{Access, Epoch, FrameNo, PageIndex, Version};
@@ -157,7 +158,8 @@ impl Pages {
             let waits = page.work.is_some() || self.due.iter().any(|(_, due)| due == place);
             (!page.wants.is_empty() && !waits).then_some(*place)
         };
-        self.pages.iter().find_map(forgotten)
+        let parked = self.accounts.values().find_map(Account::forgotten);
+        self.pages.iter().find_map(forgotten).or(parked)
     }
 }
 
