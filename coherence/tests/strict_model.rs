@@ -1,8 +1,11 @@
 //! The strict machine under a model checker: every order of messages, of time, of guests that are slow, dead,
 //! stopped or lying, of a daemon that is killed, within bounds that each run states and prints.
 //!
+//! The disk takes a save wholly or not at all, and the daemon that comes after a killed one has nothing but the disk.
+//!
 //! Cannot show: what lies beyond the bounds (numbers of guests, pages, stores, messages), what a daemon that
-//! does not do as the machine says would do, stores torn within a page.
+//! does not do as the machine says would do, stores torn within a page, a disk that forgets, how long a reader
+//! keeps what it got (`hold_ms` is in the model, that nobody starves is not).
 
 #![allow(
     clippy::unwrap_used,

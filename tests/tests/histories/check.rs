@@ -171,7 +171,7 @@ fn by_word(ops: &[Op]) -> BTreeMap<(u64, u64), Vec<Op>> {
         }
     }
     for ((page, _), of_word) in &mut words {
-        let longest = ops.iter().filter_map(|op| pages(op)).max().unwrap_or(0);
+        let longest = ops.iter().filter_map(pages).max().unwrap_or(0);
         if longest <= *page || ops.iter().filter_map(pages).all(|pages| pages > *page) {
             continue;
         }
