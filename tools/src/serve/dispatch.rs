@@ -333,6 +333,10 @@ impl Ctx {
                     let PageRange { first, count } = range;
                     if open.file.is_coherent() {
                         let id = open.file.id;
+                        // Of an older content nothing is held, and the newer may be granted by now.
+                        if generation != self.cache.current(&open.file).generation {
+                            return Ok(After::GoOn);
+                        }
                         self.strict_unmapped(session.epoch, id, (first, count));
                     } else {
                         self.cache
