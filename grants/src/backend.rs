@@ -320,6 +320,9 @@ pub trait Backend: Send + Sync {
     /// The frames of which `dom` holds grants, oldest grant first, at most `max`.
     fn oldest_grants(&self, dom: DomId, max: usize, out: &mut Vec<FrameNo>);
 
+    /// Does the table show that `dom` maps `frame`, or may? `true` where only the guest could tell (local).
+    fn is_mapped(&self, dom: DomId, frame: FrameNo) -> bool;
+
     /// local without force: the guest says that it unmapped `frames`; this stands for the
     /// hypervisor clearing `GTF_reading`. On Xen the hypervisor does it and this does nothing.
     fn note_unmapped(&self, dom: DomId, frames: &[FrameNo]);

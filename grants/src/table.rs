@@ -331,6 +331,13 @@ impl<M: EntryMemory, P: Placement> GrantTables<M, P> {
         );
     }
 
+    /// Does an entry of `dom`'s for `frame` show a mapping?
+    pub fn is_mapped(&self, dom: DomId, frame: FrameNo) -> bool {
+        let inner = self.inner.lock();
+        let slot = inner.ledger.find(frame, dom);
+        slot.is_some_and(|slot| inner.entry(slot).state().is_mapped())
+    }
+
     /// Where the daemon stands in for the hypervisor: `dom` maps `frames` no more.
     pub fn clear_mapped(&self, dom: DomId, frames: &[FrameNo]) {
         let inner = self.inner.lock();

@@ -188,6 +188,11 @@ impl Cache {
         Ok(())
     }
 
+    /// Does the table show that the session maps the frame, or may it?
+    pub fn strict_is_mapped(&self, dom: DomId, frame: FrameNo) -> bool {
+        self.backend.is_mapped(dom, frame)
+    }
+
     /// Ends `dom`'s grant of a page. `false`: the table shows it mapped, and it stays. Without such a grant: `true`.
     /// Whoever only reads is unmapped by force, where the daemon has it; a writer is not.
     pub fn strict_revoke(

@@ -48,8 +48,11 @@ pub struct Place {
 /// Terms and limits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct StrictConfig {
-    /// How long a writer keeps a page that others want, in ms, at least.
+    /// How long a session keeps a page that others want, in ms, at least: from when the table shows that it
+    /// has mapped it.
     pub hold_ms: u32,
+    /// How long a session may take to map what it was given before others can have it, in ms.
+    pub map_ms: u32,
     /// How long a session may take from being asked to the table's showing that it let go, in ms; 1 % is
     /// added.
     pub unmap_deadline_ms: u32,
@@ -75,10 +78,11 @@ impl Default for StrictConfig {
     fn default() -> Self {
         Self {
             hold_ms: 1,
+            map_ms: 200,
             unmap_deadline_ms: 5000,
             look_again_ms: 5,
             bounces_max: 16,
-            bounce_ms: 20,
+            bounce_ms: 100,
             wants_max: 256,
             writable_max: 65_536,
             share_in_place: false,
@@ -114,6 +118,11 @@ pub trait Table {
     /// the page for writing with it and it cannot be taken from the one alone.
     fn seize(&mut self, epoch: Epoch, place: Place, frame: FrameNo) -> bool {
         self.revoke(epoch, place, frame)
+    }
+
+    /// Does the table show that the session has mapped the page? `true` where it cannot be told.
+    fn is_mapped(&mut self, _epoch: Epoch, _place: Place, _frame: FrameNo) -> bool {
+        true
     }
 }
 

@@ -60,8 +60,10 @@ pub(super) struct Page {
     pub frame: Option<FrameNo>,
     pub version: Version,
     pub holders: BTreeMap<Epoch, Holder>,
-    /// When a session last got it.
+    /// When a session last got it, or was last seen to have mapped what it got.
     pub since_ms: u64,
+    /// Who got it last and was not looked at since; was it seen without a mapping?
+    pub settling: Option<(Epoch, bool)>,
     /// Who wrote last, and since when that one may.
     pub writer: Option<(Epoch, u64)>,
     /// Somebody could write since it was last filled or saved.
@@ -85,6 +87,7 @@ impl Page {
             version,
             holders: BTreeMap::new(),
             since_ms: 0,
+            settling: None,
             writer: None,
             dirty: false,
             bounces: 0,

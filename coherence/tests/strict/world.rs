@@ -15,6 +15,7 @@ pub const TERM_MS: u32 = 100;
 /// What a clock that is 1 % slow makes of a term.
 pub const SLOW_TERM_MS: u64 = 101;
 pub const PAGES: StrictConfig = StrictConfig {
+    map_ms: 0,
     hold_ms: 1,
     unmap_deadline_ms: TERM_MS,
     look_again_ms: 50,
@@ -94,7 +95,7 @@ pub struct Entries {
 }
 
 impl Entries {
-    fn is_mapped(&self, epoch: Epoch, frame: FrameNo) -> bool {
+    fn maps(&self, epoch: Epoch, frame: FrameNo) -> bool {
         self.all.get(&(epoch, frame)).is_some_and(|e| e.mapped)
     }
 
@@ -137,13 +138,13 @@ impl Table for Entries {
     fn revoke(&mut self, epoch: Epoch, _: Place, frame: FrameNo) -> bool {
         let entry = self.all.get(&(epoch, frame));
         let forced = self.force && entry.is_some_and(|e| e.access == Access::ReadOnly);
-        let stays = self.is_mapped(epoch, frame) && !forced;
+        let stays = self.maps(epoch, frame) && !forced;
         self.end(epoch, frame, stays)
     }
 
     fn seize(&mut self, epoch: Epoch, _: Place, frame: FrameNo) -> bool {
         let forced = self.force && !self.is_common(frame);
-        let stays = self.is_mapped(epoch, frame) && !forced;
+        let stays = self.maps(epoch, frame) && !forced;
         self.end(epoch, frame, stays)
     }
 }

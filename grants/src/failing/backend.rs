@@ -291,6 +291,10 @@ impl Backend for FailingBackend {
         self.inner.oldest_grants(dom, max, out);
     }
 
+    fn is_mapped(&self, dom: DomId, frame: FrameNo) -> bool {
+        self.inner.is_mapped(dom, frame)
+    }
+
     fn note_unmapped(&self, dom: DomId, frames: &[FrameNo]) {
         self.inner.note_unmapped(dom, frames);
     }

@@ -266,6 +266,10 @@ impl Backend for LocalBackend {
         self.tables.oldest_grants(dom, max, out);
     }
 
+    fn is_mapped(&self, _dom: DomId, _frame: FrameNo) -> bool {
+        true
+    }
+
     fn note_unmapped(&self, dom: DomId, frames: &[FrameNo]) {
         self.tables.clear_mapped(dom, frames);
     }

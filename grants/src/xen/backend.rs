@@ -401,6 +401,10 @@ impl Backend for XenBackend {
         self.tables.oldest_grants(dom, max, out);
     }
 
+    fn is_mapped(&self, dom: DomId, frame: FrameNo) -> bool {
+        self.tables.is_mapped(dom, frame)
+    }
+
     fn note_unmapped(&self, _dom: DomId, _frames: &[FrameNo]) {}
 
     fn domain_ended(&self, dom: DomId) -> DomainEnd {

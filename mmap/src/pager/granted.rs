@@ -8,7 +8,7 @@ use super::{Pager, Phase};
 use crate::error::MmapError;
 use crate::file::FileInner;
 use crate::granted::{Brought, Cover, MapJob, MapOutcome, Pages};
-use crate::limits::MAP_TRIES_MAX;
+use crate::limits::{CONTENDED_TRIES_MAX, MAP_TRIES_MAX};
 use crate::mapped::{Form, Mapped};
 use copage_coherence::msg::{FaultHint, PageRange, Request};
 use copage_grants::{Access, DomId, PageIndex};
@@ -247,7 +247,11 @@ impl Pager {
             MapOutcome::Failed(error) => {
                 flight.tries += 1;
                 tracing::debug!(%error, tries = flight.tries, "a batch of grants was not mapped");
-                if flight.tries >= MAP_TRIES_MAX {
+                let most = match flight.file.coherent() {
+                    true => CONTENDED_TRIES_MAX,
+                    false => MAP_TRIES_MAX,
+                };
+                if flight.tries >= most {
                     self.refused(flight, &error);
                 } else {
                     self.ask_again(flight);

@@ -134,9 +134,10 @@ impl Pages {
         }
         let against = page.against(epoch, access, self.config.share_in_place);
         if !against.is_empty() {
-            let hold_until_ms = page.since_ms.saturating_add(self.config.hold_ms.into());
-            if self.now_ms < hold_until_ms && against.iter().any(|who| *who != epoch) {
-                self.due.insert((hold_until_ms, place));
+            if against.iter().any(|who| *who != epoch)
+                && let Some(until_ms) = self.kept_until(place, page, frame, table)
+            {
+                self.due.insert((until_ms, place));
                 return false;
             }
             self.recall(place, page, &against, table, out);
@@ -185,6 +186,7 @@ impl Pages {
         }
         if epoch != DAEMON {
             page.since_ms = self.now_ms;
+            page.settling = (self.config.map_ms > 0).then_some((epoch, false));
         }
         self.add_holder(place, page, epoch, access);
         out.push(Action::Grant {
@@ -195,6 +197,32 @@ impl Pages {
             access,
             version: page.version,
         });
+    }
+
+    /// Until when nobody can have the page from who got it last: who has not mapped it yet would lose it
+    /// before it did anything with it, again and again.
+    fn kept_until(
+        &self,
+        place: Place,
+        page: &mut Page,
+        frame: FrameNo,
+        table: &mut impl Table,
+    ) -> Option<u64> {
+        if let Some((latest, waited)) = page.settling {
+            let late_ms = page.since_ms.saturating_add(self.config.map_ms.into());
+            let holds = page.holders.contains_key(&latest);
+            if holds && self.now_ms < late_ms && !table.is_mapped(latest, place, frame) {
+                page.settling = Some((latest, true));
+                let next_ms = self.now_ms + u64::from(self.config.look_again_ms).max(1);
+                return Some(next_ms.min(late_ms));
+            }
+            page.settling = None;
+            if waited {
+                page.since_ms = self.now_ms;
+            }
+        }
+        let until_ms = page.since_ms.saturating_add(self.config.hold_ms.into());
+        (self.now_ms < until_ms).then_some(until_ms)
     }
 
     fn count_bounce(&self, page: &mut Page, epoch: Epoch) {

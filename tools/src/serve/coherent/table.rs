@@ -41,6 +41,11 @@ impl Table for Coherent {
         })
     }
 
+    fn is_mapped(&mut self, epoch: Epoch, _place: Place, frame: FrameNo) -> bool {
+        let who = self.who.get(&epoch);
+        who.is_none_or(|who| self.cache.strict_is_mapped(who.dom, frame))
+    }
+
     fn seize(&mut self, epoch: Epoch, place: Place, frame: FrameNo) -> bool {
         self.end(epoch, place, |cache, file, dom| {
             cache.strict_seize(dom, file, place.page, frame)
