@@ -5,12 +5,13 @@ use crate::error::{MmapError, Result};
 use crate::file::FileInner;
 use crate::granted::{Granted, Opener};
 use crate::line::Line;
+use crate::mapped::Mapped;
 use crate::pager::space::Space;
 use crate::pager::told::Told;
 use crate::pager::worker::Job;
 use crate::quiet::Leaf;
 use crate::session::Session;
-use crate::site::Sites;
+use crate::site::{Site, Sites};
 use crate::stamp::SessionNo;
 use crate::uffd::Uffd;
 use copage_coherence::msg::{FileToken, OpenHow};
@@ -54,6 +55,13 @@ pub(crate) struct Parts {
 }
 
 impl Shared {
+    /// The mappings of one `coherent` file, of all its opens. A file's content is looked at without the table's
+    /// lock: who enters a mapping takes the two the other way round.
+    pub(crate) fn of_site(&self, site: &Arc<Site>) -> Vec<Arc<Mapped>> {
+        let all = self.space.lock().all();
+        all.into_iter().filter(|m| m.file().is_at(site)).collect()
+    }
+
     pub(crate) fn new(line: Line, parts: Parts) -> Self {
         Self {
             line,

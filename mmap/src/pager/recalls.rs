@@ -121,7 +121,7 @@ impl Pager {
         };
         let ended = self.recalls.0.swap_remove(at);
         let Ok(uffd) = &self.shared.uffd else { return };
-        let mappings = self.shared.space.lock().of_site(&ended.site);
+        let mappings = self.shared.of_site(&ended.site);
         // A range came as one.
         let count = u32::try_from(ended.pages.count).unwrap_or(u32::MAX);
         for mapped in mappings {

@@ -2,7 +2,6 @@
 
 use crate::file::FileInner;
 use crate::mapped::Mapped;
-use crate::site::Site;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -51,12 +50,6 @@ impl Space {
             .filter(|m| Arc::ptr_eq(m.file(), file))
             .cloned()
             .collect()
-    }
-
-    /// The mappings of one `coherent` file, of all its opens. Leaf locks only.
-    pub(crate) fn of_site(&self, site: &Arc<Site>) -> Vec<Arc<Mapped>> {
-        let all = self.by_addr.values();
-        all.filter(|m| m.file().is_at(site)).cloned().collect()
     }
 
     /// Takes them all out; nothing enters from here on.

@@ -278,7 +278,7 @@ fn move_in(shared: &Shared, job: &MoveJob) -> MapOutcome {
 fn invalidate(shared: &Shared, file: &Arc<FileInner>, stamp: Stamp, range: PageRange) {
     let site = file.content.lock().site.clone();
     let mappings = match &site {
-        Some(site) => shared.space.lock().of_site(site),
+        Some(site) => shared.of_site(site),
         None => shared.space.lock().of_file(file),
     };
     for mapped in mappings.iter().filter(|m| m.stamp() == stamp) {
