@@ -11,6 +11,8 @@ use std::sync::Arc;
 
 /// Makes `content` the file's, if it is newer than what is known, brings every mapping of the file
 /// to the newest content that is known, and says that nothing of the older one is mapped any more.
+/// Of a `coherent` file's home there is nothing to say: all of it was asked back before another took its
+/// place, and another open of it here may have shown that one for long.
 pub(crate) fn rebase(shared: &Shared, file: &Arc<FileInner>, content: Content) {
     let (newest, older) = {
         let mut known = file.content.lock();
@@ -26,7 +28,8 @@ pub(crate) fn rebase(shared: &Shared, file: &Arc<FileInner>, content: Content) {
         mapped.rebase(shared, &newest);
     }
     // What is pinned stays mapped, by whomever has its descriptor, until it is closed.
-    if let Some(older) = older.filter(|_| file.how() != OpenHow::Pin) {
+    let said = file.how() != OpenHow::Pin && (file.granted() || !file.coherent());
+    if let Some(older) = older.filter(|_| said) {
         if file.is_counted() {
             let pages = Pages {
                 stamp: older.stamp,

@@ -22,16 +22,18 @@ const FEATURE_WP: u64 = 1 << 0;
 const FEATURE_EVENT_REMAP: u64 = 1 << 2;
 /// `UFFD_FEATURE_MISSING_SHMEM`: frame files are tmpfs files.
 const FEATURE_MISSING_SHMEM: u64 = 1 << 5;
+/// `UFFD_FEATURE_MINOR_SHMEM`: pages that the file has and the mapping has not (Linux 5.14).
+const FEATURE_MINOR_SHMEM: u64 = 1 << 10;
 /// `UFFD_FEATURE_WP_HUGETLBFS_SHMEM`: write protection of mappings of tmpfs files (Linux 5.19).
 const FEATURE_WP_SHMEM: u64 = 1 << 12;
 /// `UFFD_FEATURE_POISON`: pages that are SIGBUS (Linux 6.6).
 const FEATURE_POISON: u64 = 1 << 14;
 // Not asked for: EVENT_FORK (mappings are not copied to children), EVENT_REMOVE and EVENT_UNMAP
 // (every discard and unmap is this library's own, and the thread that does it would wait for the
-// pager), SIGBUS, THREAD_ID, EXACT_ADDRESS, MINOR_* (nothing would use them).
+// pager), SIGBUS, THREAD_ID, EXACT_ADDRESS (nothing would use them).
 
 const FEATURES_NEEDED: u64 = FEATURE_MISSING_SHMEM | FEATURE_EVENT_REMAP;
-const FEATURES_WP: u64 = FEATURE_WP | FEATURE_WP_SHMEM;
+const FEATURES_WP: u64 = FEATURE_WP | FEATURE_WP_SHMEM | FEATURE_MINOR_SHMEM;
 
 /// `struct uffdio_api`.
 #[repr(C)]
@@ -63,6 +65,8 @@ const _: () = assert!(size_of::<UffdioRegister>() == 32);
 const REGISTER_MISSING: u64 = 1 << 0;
 /// `UFFDIO_REGISTER_MODE_WP`.
 const REGISTER_WP: u64 = 1 << 1;
+/// `UFFDIO_REGISTER_MODE_MINOR`.
+const REGISTER_MINOR: u64 = 1 << 2;
 
 /// `struct uffdio_writeprotect`.
 #[repr(C)]
@@ -89,6 +93,18 @@ const _: () = assert!(size_of::<UffdioCopy>() == 40);
 
 /// `UFFDIO_COPY_MODE_WP`.
 const COPY_WP: u64 = 1 << 1;
+
+/// `struct uffdio_continue`.
+#[repr(C)]
+struct UffdioContinue {
+    range: UffdioRange,
+    mode: u64,
+    mapped: i64,
+}
+const _: () = assert!(size_of::<UffdioContinue>() == 32);
+
+/// `UFFDIO_CONTINUE_MODE_WP` (Linux 6.4).
+const CONTINUE_WP: u64 = 1 << 1;
 
 /// `struct uffdio_poison` (Linux 6.6).
 #[repr(C)]
@@ -118,6 +134,8 @@ const EVENT_PAGEFAULT: u8 = 0x12;
 const PAGEFAULT_WRITE: u64 = 1 << 0;
 /// `UFFD_PAGEFAULT_FLAG_WP`.
 const PAGEFAULT_WP: u64 = 1 << 1;
+/// `UFFD_PAGEFAULT_FLAG_MINOR`.
+const PAGEFAULT_MINOR: u64 = 1 << 2;
 
 /// One fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,6 +146,8 @@ pub(crate) struct FaultEvent {
     pub(crate) write: bool,
     /// The page is there and write-protected; else it is missing.
     pub(crate) protected: bool,
+    /// It is missing in the mapping, and is there in the file.
+    pub(crate) minor: bool,
 }
 
 impl UffdMsg {
@@ -137,6 +157,7 @@ impl UffdMsg {
             address: self.address as usize & !(PAGE_SIZE - 1),
             write: self.flags & PAGEFAULT_WRITE != 0,
             protected: self.flags & PAGEFAULT_WP != 0,
+            minor: self.flags & PAGEFAULT_MINOR != 0,
         })
     }
 }
@@ -157,13 +178,15 @@ const UFFDIO_WAKE: u64 = ioc(IOC_READ, 0xAA, 0x02, size_of::<UffdioRange>());
 const UFFDIO_WRITEPROTECT: u64 = ioc(IOC_READ_WRITE, 0xAA, 0x06, size_of::<UffdioWriteprotect>());
 /// `#define UFFDIO_COPY _IOWR(UFFDIO, _UFFDIO_COPY, struct uffdio_copy)`
 const UFFDIO_COPY: u64 = ioc(IOC_READ_WRITE, 0xAA, 0x03, size_of::<UffdioCopy>());
+/// `#define UFFDIO_CONTINUE _IOWR(UFFDIO, _UFFDIO_CONTINUE, struct uffdio_continue)`
+const UFFDIO_CONTINUE: u64 = ioc(IOC_READ_WRITE, 0xAA, 0x07, size_of::<UffdioContinue>());
 /// `#define UFFDIO_POISON _IOWR(UFFDIO, _UFFDIO_POISON, struct uffdio_poison)`
 const UFFDIO_POISON: u64 = ioc(IOC_READ_WRITE, 0xAA, 0x08, size_of::<UffdioPoison>());
 /// `#define USERFAULTFD_IOC_NEW _IO(USERFAULTFD_IOC, 0x00)`
 const USERFAULTFD_IOC_NEW: u64 = ioc(0, 0xAA, 0x00, 0);
 const _: () = assert!(UFFDIO_API == 0xC018_AA3F && UFFDIO_REGISTER == 0xC020_AA00);
 const _: () = assert!(UFFDIO_WAKE == 0x8010_AA02 && UFFDIO_WRITEPROTECT == 0xC018_AA06);
-const _: () = assert!(UFFDIO_COPY == 0xC028_AA03);
+const _: () = assert!(UFFDIO_COPY == 0xC028_AA03 && UFFDIO_CONTINUE == 0xC020_AA07);
 const _: () = assert!(UFFDIO_POISON == 0xC020_AA08 && USERFAULTFD_IOC_NEW == 0xAA00);
 
 /// Which faults arrive.
@@ -327,7 +350,7 @@ impl Uffd {
         self.mode
     }
 
-    /// Can private mappings be had?
+    /// Can mappings be had that are stored to?
     pub(crate) fn can_protect(&self) -> bool {
         self.features & FEATURES_WP == FEATURES_WP
     }
@@ -340,6 +363,16 @@ impl Uffd {
     /// From here on missing pages of the range (and stores, with `protect`) come here.
     pub(crate) fn register(&self, addr: usize, bytes: usize, protect: bool) -> io::Result<()> {
         let mode = REGISTER_MISSING | if protect { REGISTER_WP } else { 0 };
+        self.register_for(addr, bytes, mode)
+    }
+
+    /// From here on every first access to a page of the range comes here, whether the file has the page or
+    /// not: then it is [`Self::show_protected`]'s.
+    pub(crate) fn register_all(&self, addr: usize, bytes: usize) -> io::Result<()> {
+        self.register_for(addr, bytes, REGISTER_MISSING | REGISTER_WP | REGISTER_MINOR)
+    }
+
+    fn register_for(&self, addr: usize, bytes: usize, mode: u64) -> io::Result<()> {
         let mut argument = UffdioRegister {
             range: range(addr, bytes),
             mode,
@@ -393,6 +426,19 @@ impl Uffd {
     /// Lets stores to the range through, waking nobody. EAGAIN while mappings are just moving.
     pub(crate) fn unprotect(&self, addr: usize, bytes: usize) -> io::Result<()> {
         self.writeprotect(addr, bytes, WRITEPROTECT_DONTWAKE)
+    }
+
+    /// Maps a page that the file has, write-protected in the same step, and wakes who waits there. EEXIST
+    /// where something is mapped, EFAULT where the file has a hole, EAGAIN while mappings are just
+    /// moving, EINVAL before Linux 6.4.
+    pub(crate) fn show_protected(&self, addr: usize) -> io::Result<()> {
+        let mut argument = UffdioContinue {
+            range: range(addr, PAGE_SIZE),
+            mode: CONTINUE_WP,
+            mapped: 0,
+        };
+        // SAFETY: UFFDIO_CONTINUE takes `struct uffdio_continue`.
+        unsafe { ioctl(self.fd.as_fd(), UFFDIO_CONTINUE, &mut argument) }
     }
 
     /// Makes missing pages SIGBUS. EEXIST where something is mapped, EAGAIN while mappings are just

@@ -39,7 +39,32 @@ impl Mapped {
                 _ => Ok(()),
             };
         }
+        if self.form == Form::Write && !write {
+            return self.show_all(first, end);
+        }
         crate::sys::populate(self.addr + span(first), span(end - first), write)
+    }
+
+    /// As the pager does at loads, where system calls may not fault.
+    fn show_all(&self, first: usize, end: usize) -> io::Result<()> {
+        let shared = self.file.client.shared();
+        let Ok(uffd) = &shared.uffd else {
+            return Ok(());
+        };
+        for page in first..end {
+            let at = self.addr + span(page);
+            let shown = {
+                let _lock = self.lock(shared);
+                uffd.show_protected(at)
+            };
+            match shown.map_err(|e| (e.raw_os_error(), e)) {
+                Ok(()) | Err((Some(libc::EEXIST), _)) => {}
+                Err((Some(libc::EFAULT), e)) => return Err(e),
+                // Mapped from elsewhere, refused, or just moving.
+                Err(_) => crate::sys::populate(at, PAGE_SIZE, false)?,
+            }
+        }
+        Ok(())
     }
 
     /// Marks pages as stored to and lets stores through.

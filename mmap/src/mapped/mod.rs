@@ -119,6 +119,11 @@ pub(crate) enum Change {
 
 /// Maps a range of a content where nobody sees it yet: registered, and armed if it can be stored
 /// to. That order is all that keeps holes from reading as zeros, and stores from being unnoticed.
+///
+/// Pages for [`Form::Write`] are not armed before they are there: a hole that is punched into a page which
+/// anybody maps takes the arms of every other mapping along (Linux: unmap_mapping_folio drops the
+/// markers), and the next store would go into a private copy that nobody sees. Each of them is mapped by
+/// [`Mapped::show`], with its arms, so that a store finds it armed or not there.
 pub(crate) fn fresh(
     uffd: &Uffd,
     content: &Content,
@@ -132,9 +137,12 @@ pub(crate) fn fresh(
     };
     let region = Region::map(home.as_fd(), offset, bytes, form.protection(), align)
         .map_err(|e| MmapError::sys("mmap of the file's pages", &e))?;
-    uffd.register(region.addr(), bytes, form.is_armed())
-        .map_err(|e| MmapError::sys("UFFDIO_REGISTER", &e))?;
-    if form.is_armed() && !skip_arm() {
+    let registered = match form {
+        Form::Write => uffd.register_all(region.addr(), bytes),
+        Form::Read | Form::Own => uffd.register(region.addr(), bytes, form.is_armed()),
+    };
+    registered.map_err(|e| MmapError::sys("UFFDIO_REGISTER", &e))?;
+    if form == Form::Own && !skip_arm() {
         uffd.protect(region.addr(), bytes)
             .map_err(|e| MmapError::sys("UFFDIO_WRITEPROTECT", &e))?;
     }

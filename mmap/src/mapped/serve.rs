@@ -24,6 +24,22 @@ impl Mapped {
         Change::Done
     }
 
+    /// A load from a page that the home has. `None`: the mapping is being changed, and who does that wakes
+    /// everybody. `false`: this kernel cannot map it so that the first store is noticed.
+    pub(crate) fn show(&self, uffd: &Uffd, file_page: u64) -> Option<bool> {
+        let ops = self.try_ops()?;
+        let Some(addr) = self.address_of(file_page).filter(|_| ops.region.is_some()) else {
+            return Some(true);
+        };
+        match uffd.show_protected(addr) {
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => return Some(false),
+            Ok(()) => {}
+            // There by now, a hole by now, or just moving: the access tries again and sees.
+            Err(_) => uffd.wake(addr, PAGE_SIZE),
+        }
+        Some(true)
+    }
+
     /// Is this page mapped from an arena? `None`: the mapping is being changed, and who does that wakes
     /// everybody.
     pub(crate) fn try_is_moved(&self, file_page: u64) -> Option<bool> {

@@ -47,7 +47,7 @@ impl Pager {
             Some(false) => false,
             // The page was mapped after the access came here, or is a hole that should not be there: the
             // daemon took it by force.
-            Some(true) if fault.protected => {
+            Some(true) if fault.protected || fault.minor => {
                 mapped.wake(uffd, page, 1);
                 true
             }

@@ -80,7 +80,13 @@ impl Pager {
             // Whoever changes the mapping just now wakes it.
             None => return,
         }
-        let write = (fault.write || fault.protected) && mapped.form() != Form::Read;
+        let mut write = (fault.write || fault.protected) && mapped.form() != Form::Read;
+        if fault.minor && !write {
+            match mapped.show(uffd, page) {
+                Some(false) => write = true,
+                Some(true) | None => return,
+            }
+        }
         self.want(Waiter {
             mapped,
             page,

@@ -87,6 +87,47 @@ fn local_what_is_stored_is_the_files_and_goes_home_when_it_is_asked_for() {
 }
 
 #[test]
+fn local_a_load_beside_a_store_that_waits_sees_what_another_guest_stored() {
+    let (fake, client) = start();
+    let mapping = map_written(&client);
+    assert_eq!(page_word(mapping.as_volatile(), 5), word(1, 5));
+    std::thread::scope(|scope| {
+        let mut state = fake.state.lock();
+        let store = scope.spawn(|| put(&mapping, 5, 8));
+        std::thread::sleep(Duration::from_millis(50));
+        state.change_page(5, |bytes| bytes[..8].copy_from_slice(&7u64.to_le_bytes()));
+        let load = scope.spawn(|| peek(mapping.as_volatile(), 5));
+        std::thread::sleep(Duration::from_millis(50));
+        drop(state);
+        let seen = load.join().unwrap();
+        assert!(seen == 7 || seen == 8, "{seen}");
+        store.join().unwrap();
+    });
+    assert_eq!(peek(mapping.as_volatile(), 5), 8);
+}
+
+/// Another open of a file hears late that it has another home.
+#[test]
+fn local_of_an_older_home_nothing_is_said_to_be_unmapped() {
+    let (fake, client) = start();
+    let mapping = map_written(&client);
+    let other = map(&client, &MapOptions::shared());
+    assert_eq!(peek(other.as_volatile(), 5), word(1, 5));
+    assert!(fake.rehome());
+    fake.tell(1);
+    put(&mapping, 5, 8);
+    assert_eq!(held(&fake), [5]);
+    // It hears of it by this fault.
+    assert_eq!(peek(other.as_volatile(), 5), 8);
+    put(&mapping, 5, 9);
+    drop(client.exports());
+    assert_eq!(held(&fake), [5]);
+    assert_eq!(peek(other.as_volatile(), 5), 9);
+    let said = |s: &Seen| matches!(s, Seen::Unmapped { generation: 1, .. });
+    assert!(!fake.state.lock().seen.iter().any(said));
+}
+
+#[test]
 fn local_a_page_is_given_back_when_its_last_mapping_ends() {
     let (fake, client) = start();
     let file = open_written(&client);

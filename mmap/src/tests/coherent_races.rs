@@ -20,13 +20,27 @@ pub(super) fn add(mapping: &Mapping, page: usize) -> u64 {
 
 const RACED: usize = 8;
 
-/// Threads count in a few pages while `disturb` is called again and again; at the end every count is there.
-fn count_while(mappings: &[&Mapping], fake: &Fake, mut disturb: impl FnMut(u64) + Send) {
+/// Set when it ends, by a failure too: who waits for it must not hide that.
+struct SetAtEnd<'a>(&'a AtomicBool);
+
+impl Drop for SetAtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Counted is from 0 on.
+fn zeroed(fake: &Fake) {
     for page in 0..RACED as u64 {
         fake.state
             .lock()
             .change_page(page, |bytes| bytes[..8].fill(0));
     }
+}
+
+/// Threads count in a few pages while `disturb` is called again and again; at the end every count is there.
+fn count_while(mappings: &[&Mapping], fake: &Fake, mut disturb: impl FnMut(u64) + Send) {
+    zeroed(fake);
     let done = AtomicBool::new(false);
     let counts: Vec<AtomicU64> = (0..RACED).map(|_| AtomicU64::new(0)).collect();
     std::thread::scope(|scope| {
@@ -53,10 +67,10 @@ fn count_while(mappings: &[&Mapping], fake: &Fake, mut disturb: impl FnMut(u64) 
                 })
             })
             .collect();
+        let _done = SetAtEnd(done);
         for thread in threads {
             thread.join().unwrap();
         }
-        done.store(true, Ordering::Relaxed);
     });
     recall(fake, u64::MAX, 0, PAGES as u32);
     for (page, count) in counts.iter().enumerate() {
@@ -135,8 +149,10 @@ fn local_no_store_is_lost_to_rebases_and_punches_of_the_home() {
     let (fake, client) = start();
     let mapping = map_written(&client);
     let reader = map(&client, &MapOptions::shared());
+    zeroed(&fake);
     let read = AtomicBool::new(false);
     std::thread::scope(|scope| {
+        let _read = SetAtEnd(&read);
         scope.spawn(|| {
             let mut last = [0; RACED];
             while !read.load(Ordering::Relaxed) {
@@ -147,7 +163,6 @@ fn local_no_store_is_lost_to_rebases_and_punches_of_the_home() {
                 }
             }
         });
-        // Counted from 0 on, which the reader need not see coming.
         count_while(&[&mapping], &fake, |round| match round % 4 {
             0 => {
                 recall(&fake, 2 * round, 0, PAGES as u32);
@@ -159,7 +174,6 @@ fn local_no_store_is_lost_to_rebases_and_punches_of_the_home() {
             1 => fake.punch(0, PAGES as u64),
             _ => recall(&fake, 2 * round, round % RACED as u64, 2),
         });
-        read.store(true, Ordering::Relaxed);
     });
 }
 
@@ -168,7 +182,6 @@ fn local_no_store_is_lost_to_rebases_and_punches_of_the_home() {
 fn local_two_writers_bounce_pages_and_both_get_on() {
     let (fake, client) = start();
     let mapping = map_written(&client);
-    let mut theirs = 0;
     let mut number = 0;
     fake.state.lock().change_page(0, |bytes| bytes[..8].fill(0));
     std::thread::scope(|scope| {
@@ -179,18 +192,19 @@ fn local_two_writers_bounce_pages_and_both_get_on() {
         });
         while !ours.is_finished() {
             number += 1;
+            // It waits for the page, and is the next that gets it.
+            fake.state
+                .lock()
+                .coherent
+                .as_mut()
+                .unwrap()
+                .wanted
+                .insert(0);
             recall(&fake, number, 0, 1);
-            let mut state = fake.state.lock();
-            if !state.coherent.as_ref().unwrap().held.contains_key(&0) {
-                state.change_page(0, |bytes| {
-                    let now = u64::from_le_bytes(bytes[..8].try_into().unwrap());
-                    bytes[..8].copy_from_slice(&(now + 1).to_le_bytes());
-                });
-                theirs += 1;
-            }
         }
     });
     recall(&fake, u64::MAX, 0, 1);
+    let theirs = fake.state.lock().coherent.as_ref().unwrap().theirs;
     assert_eq!(on_disk(&fake, 0), 3000 + theirs);
     assert!(theirs > 0);
 }

@@ -25,6 +25,9 @@ pub(super) struct Coherent {
     pub(super) syncs: u32,
     /// How often the guest was told a place of pages that it had already.
     pub(super) again: u32,
+    /// Pages in which another guest counts once, when this one gives them back, and how often it did.
+    pub(super) wanted: HashSet<u64>,
+    pub(super) theirs: u64,
 }
 
 fn file(bytes: u64) -> OwnedFd {
@@ -56,6 +59,8 @@ impl Coherent {
             full: HashSet::new(),
             syncs: 0,
             again: 0,
+            wanted: HashSet::new(),
+            theirs: 0,
         }
     }
 
@@ -101,6 +106,11 @@ impl Coherent {
             let source = self.source(place);
             rustix::io::pread(source, &mut bytes[..], page * PAGE_SIZE as u64).unwrap();
             punch(source, page);
+            if self.wanted.remove(&page) {
+                let now = bytes[..8].try_into().map_or(0, u64::from_le_bytes);
+                bytes[..8].copy_from_slice(&(now + 1).to_le_bytes());
+                self.theirs += 1;
+            }
             self.put(page, &bytes);
         }
     }
@@ -255,7 +265,10 @@ impl State {
                 });
                 Some(self.grant(range, generation, access))
             }
-            Request::Unmapped { range, .. } if self.standin.is_none() => {
+            // Of an older content nothing is held.
+            Request::Unmapped {
+                generation, range, ..
+            } if self.standin.is_none() && generation.0 == self.newest => {
                 for page in range.first.0..range.first.0 + u64::from(range.count) {
                     let coherent = self.coherent();
                     coherent.take(page);
