@@ -128,6 +128,19 @@ fn local_of_an_older_home_nothing_is_said_to_be_unmapped() {
 }
 
 #[test]
+fn local_what_is_asked_back_of_one_open_is_unmapped_in_all() {
+    let (fake, client) = start();
+    let (a, b) = (map_written(&client), map_written(&client));
+    put(&a, 5, 1);
+    put(&b, 5, 2);
+    recall(&fake, 1, 5, 1);
+    assert_eq!((on_disk(&fake, 5), held(&fake)), (2, vec![]));
+    put(&b, 5, 3);
+    assert_eq!(held(&fake), [5]);
+    assert_eq!(peek(a.as_volatile(), 5), 3);
+}
+
+#[test]
 fn local_a_page_is_given_back_when_its_last_mapping_ends() {
     let (fake, client) = start();
     let file = open_written(&client);
