@@ -296,6 +296,7 @@ impl Mapped {
     pub(crate) fn refuse(&self, shared: &Shared, error: &MmapError) {
         let mut lock = self.lock(shared);
         let Some(ops) = lock.ops() else { return };
+        tracing::info!(%error, "a mapping is refused: an access to it is SIGBUS");
         if let Some(region) = &ops.region {
             let protection = self.form.protection();
             match region.refuse(0, self.bytes, protection, shared.empty.as_fd()) {
