@@ -165,7 +165,7 @@ fn together(setting: &Setting, rows: &mut Vec<Row>) -> Result<()> {
     rows.push(
         row.copage(&ours)
             .against("the same in a plain shared page", &plain)
-            .note("the first round includes the bouncing until the page is shared for writing"),
+            .note("the page goes to and fro; each has it for 1 ms at least"),
     );
     Ok(())
 }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 impl Cache {
     /// Puts what `from` holds into another frame, once; [`CacheEvent::Placed`] answers. `from` rests until it is
-    /// freed.
+    /// freed. It is the same frame where no session can reach what it holds.
     pub fn strict_copy(&self, file: &Arc<CachedFile>, page: PageIndex, from: FrameNo) {
         let job = Job::StrictCopy(file.clone(), page, from, now_ms());
         if self.fill_pool.push(job).is_err() {
@@ -51,7 +51,8 @@ impl Cache {
             (Some(home), Some(to)) => self.copy_page(file, home, page, from, *to),
             _ => Err(CacheError::Changing),
         };
-        if result.is_err() {
+        // The frame is not used where the page stays in its own.
+        if !matches!(&result, Ok(frame) if *frame != from) {
             self.give_up(file, &frames);
         }
         self.answer_copy(file, page, result);
@@ -75,6 +76,11 @@ impl Cache {
             true => Where::Spare,
             false => Where::Home,
         };
+        if self.descriptors && at == there {
+            // Whoever had it for writing with others that have let go since: what it can reach is not the page
+            // any more.
+            return Ok(from);
+        }
         if self.descriptors {
             self.backend.place(home.id, page, to, at, there, true)?;
         } else {

@@ -166,7 +166,8 @@ pub enum Event {
         /// Which.
         epoch: Epoch,
     },
-    /// [`Action::Fill`] or [`Action::Copy`] is done: the content is in `frame`.
+    /// [`Action::Fill`] or [`Action::Copy`] is done: the content is in `frame`; after a copy in the same, where
+    /// nobody who is gone can reach it there.
     Placed {
         /// Which page.
         place: Place,

@@ -322,6 +322,10 @@ fn prepare(
             wants_max: WANTS_MAX,
             writable_max: WRITABLE_PAGES_MAX,
             share_in_place: backend.capabilities().in_place_upgrade,
+            bounces_max: match config.share_bounced {
+                true => StrictConfig::default().bounces_max,
+                false => u32::MAX,
+            },
             ..StrictConfig::default()
         },
         (

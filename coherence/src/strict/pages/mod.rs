@@ -235,7 +235,9 @@ impl Pages {
         self.with(place, table, out, |all, page, _, out| {
             page.work = None;
             page.moving = false;
-            if let Some(old) = page.frame.replace(frame) {
+            if let Some(old) = page.frame.replace(frame)
+                && old != frame
+            {
                 all.drop_frame(old, out);
             }
             page.version = all.next_version();

@@ -158,8 +158,9 @@ impl Ctx {
                 work.left = 1;
                 return self.want(number);
             }
-            // The guest's own pages were asked back to make room.
-            Some(cell @ Cell::Failed(libc::EDQUOT)) if waited_ms < patience_ms => {
+            // The guest's own pages were asked back to make room; or frames and entries are on their way back
+            // (after a restart all entries of a table rest for a term).
+            Some(cell @ Cell::Failed(libc::EDQUOT | libc::ENOMEM)) if waited_ms < patience_ms => {
                 *cell = Cell::Waiting { held: false };
                 work.left = 1;
                 return self.try_again(number);
