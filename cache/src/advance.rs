@@ -22,6 +22,8 @@ enum Step {
 
 /// How often room is made for the waiters of a file before they are refused.
 const ROOM_TRIES: u32 = 4;
+/// And for how long, in ms, where pages are taken by force: another thread may have them in hand.
+const ROOM_PATIENCE_MS: u64 = 200;
 
 impl Cache {
     /// Looks at every request that waits on the file. `issue`: fills may be asked for (not right
@@ -57,15 +59,16 @@ impl Cache {
                 return self.park(file);
             }
         }
+        // Its oldest pages are just being taken by somebody else.
+        self.park(file);
     }
 
     fn is_hopeless(&self, waiter: &Waiter, round: u32) -> bool {
-        let patience_ms = 2 * u64::from(self.config.recall_deadline_ms);
-        if self.force {
-            round == ROOM_TRIES
-        } else {
-            now_ms() > waiter.since_ms + patience_ms
-        }
+        let (tries_are_up, patience_ms) = match self.force {
+            true => (round == ROOM_TRIES, ROOM_PATIENCE_MS),
+            false => (true, 2 * u64::from(self.config.recall_deadline_ms)),
+        };
+        tries_are_up && now_ms() > waiter.since_ms + patience_ms
     }
 
     fn step(&self, file: &Arc<CachedFile>, inner: &mut Inner, waiter: Waiter, issue: bool) -> Step {
