@@ -78,12 +78,14 @@ fn write_durably(path: &std::path::Path, bytes: &[u8]) -> std::io::Result<()> {
 
 /// Runs the hidden guest.
 pub fn run_agent(args: &AgentArgs) -> Result<ExitCode> {
-    // Why an access was refused, for who looks why a guest ended.
-    tracing_subscriber::fmt()
-        .with_ansi(false)
-        .with_max_level(tracing::Level::INFO)
-        .with_writer(std::io::stderr)
-        .init();
+    if args.connect == "xen" {
+        // Why an access was refused, for who looks into a guest's console why it ended.
+        tracing_subscriber::fmt()
+            .with_ansi(false)
+            .with_max_level(tracing::Level::INFO)
+            .with_writer(std::io::stderr)
+            .init();
+    }
     agent::run(&args.connect, &args.name)?;
     Ok(ExitCode::SUCCESS)
 }
