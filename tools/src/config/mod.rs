@@ -49,8 +49,9 @@ pub struct Config {
     pub huge: bool,
     /// Take pages back by force. `false`: behave as Xen does, where only the guest unmaps.
     pub force: bool,
-    /// A page that goes to and fro between writers is mapped by all of them at once.
-    pub share_bounced: bool,
+    /// A page that goes to and fro between writers is mapped by all of them at once; `None`: where the frame
+    /// stays in its place.
+    pub share_bounced: Option<bool>,
     /// What a guest may have that has no limits of its own.
     pub limits: Limits,
     /// The guests that may connect. Empty: every uid may, and its guest is `uid-N`.
@@ -174,7 +175,7 @@ impl Default for Config {
             pin_file_mib: 256,
             huge: true,
             force: true,
-            share_bounced: false,
+            share_bounced: None,
             limits: Limits::default(),
             guests: Vec::new(),
             exports: Vec::new(),

@@ -91,8 +91,7 @@ fn config(reader: &mut Reader<'_>, mut top: Section<'_, '_>, lines: &mut Lines) 
     );
     config.huge = top.boolean(r, "huge").unwrap_or(config.huge);
     config.force = top.boolean(r, "force").unwrap_or(config.force);
-    let share = top.boolean(r, "share_bounced");
-    config.share_bounced = share.unwrap_or(config.share_bounced);
+    config.share_bounced = top.boolean(r, "share_bounced").or(config.share_bounced);
     if let Some(section) = top.section(r, "limits", "limits.") {
         config.limits = limits_of(r, section, config.limits);
     }

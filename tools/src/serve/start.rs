@@ -323,8 +323,11 @@ fn prepare(
             writable_max: WRITABLE_PAGES_MAX,
             share_in_place: backend.capabilities().in_place_upgrade,
             bounces_max: match config.share_bounced {
-                true => StrictConfig::default().bounces_max,
-                false => u32::MAX,
+                Some(true) => StrictConfig::default().bounces_max,
+                None if backend.capabilities().in_place_upgrade => {
+                    StrictConfig::default().bounces_max
+                }
+                _ => u32::MAX,
             },
             ..StrictConfig::default()
         },

@@ -490,7 +490,7 @@ fn local_coherent_who_does_not_let_go_is_fenced_and_reads_nothing_more() {
 fn local_coherent_a_bounced_page_is_shared_by_its_writers() {
     let host = Host::with(|config| {
         coherent(config);
-        config.share_bounced = true;
+        config.share_bounced = Some(true);
     });
     let mut a = Co::open(&host, "a", "big", true);
     let mut b = Co::open(&host, "b", "big", true);
