@@ -286,7 +286,8 @@ impl Client {
         self.shared().line.on_lost(Box::new(callback));
     }
 
-    /// Why the client is lost, if it is. While the daemon is away and looked for, it is not.
+    /// Why the client is lost, if it is: calls fail from now on, and mappings become SIGBUS within moments
+    /// ([`Self::on_lost`] tells when all have). While the daemon is away and looked for, it is not.
     pub fn lost(&self) -> Option<LostWhy> {
         self.shared().line.lost()
     }

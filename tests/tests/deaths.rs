@@ -99,6 +99,10 @@ fn stopped_past_its_term(force: bool) {
     wait::until(5 * SECOND, "the sleeper to notice", || {
         sleeper.lost().is_some()
     });
+    // Calls fail at once; the mapping as soon as the library's worker has come to it, and then for good.
+    wait::until(5 * SECOND, "its mapping to be SIGBUS", || {
+        sleeper.probe(mapping, 0).is_err()
+    });
     for page in 0..64 {
         assert!(
             sleeper.probe(mapping, page).is_err(),
@@ -178,7 +182,10 @@ fn local_the_daemon_dies_and_guests_that_do_not_wait_get_sigbus_never_wrong_byte
         wait::until(5 * SECOND, "the loss to be noticed", || {
             guest.lost().is_some()
         });
-        assert!(guest.probe(0, 7).is_err(), "a page that was there");
+        // The worker takes the mapping out after that.
+        wait::until(5 * SECOND, "a page that was there to be SIGBUS", || {
+            guest.probe(0, 7).is_err()
+        });
         assert!(guest.probe(0, 300).is_err(), "a page that was not");
         let order = Order::Map {
             export: "export".into(),

@@ -65,12 +65,7 @@ fn local_guests_that_count_in_the_same_pages_lose_nothing() {
     for force in [true, false] {
         let tree = Tree::new();
         let disk = zeros(&tree, 4);
-        // Else three guests with two opens each take the pages from each other for a long time.
-        let setup = Setup {
-            more: "share_bounced = true".into(),
-            ..setup(force)
-        };
-        let mut daemon = Daemon::start(&tree, &setup);
+        let mut daemon = Daemon::start(&tree, &setup(force));
         let mut guests: Vec<(Guest, [usize; 2], usize)> = (0..3)
             .map(|n| {
                 let name = format!("g{n}");

@@ -151,11 +151,23 @@ impl Faults {
         })
     }
 
-    /// Our word that `pages` are unmapped is about to be sent: what was asked for before it and is not
-    /// mapped counts for nothing. Of any file: two opens may be of one.
+    /// Our word that `pages` are unmapped is about to be sent, which the daemon did not ask for, or not as
+    /// [`Self::spoil_answered`] has it: what was asked for before it and is not mapped counts for nothing. Of
+    /// any file: two opens may be of one.
     pub(crate) fn spoil(&mut self, pages: &Pages) {
         for flight in self.by_number.values() {
             if flight.overlaps(pages) {
+                flight.spoiled.store(true, Ordering::SeqCst);
+            }
+        }
+    }
+
+    /// Pages of a `coherent` file were asked back: of what was asked for, only what the worker has still to
+    /// map counts for nothing. An answer that comes later was given after our Ack, since until then the daemon
+    /// gives them to nobody; to forget that one too would be to ask in vain for as long as another wants them.
+    pub(crate) fn spoil_answered(&mut self, pages: &Pages) {
+        for flight in self.by_number.values() {
+            if flight.mapping.is_some() && flight.overlaps(pages) {
                 flight.spoiled.store(true, Ordering::SeqCst);
             }
         }

@@ -38,7 +38,10 @@ impl Pager {
                     pages,
                     recall,
                 } => {
-                    self.faults.spoil(&pages);
+                    // Else the worker has unmapped all that was answered before it was asked back.
+                    if recall.is_none() || !file.coherent() {
+                        self.faults.spoil(&pages);
+                    }
                     self.say_unmapped(&file, &pages, pages.first..pages.end());
                     if let Some(recall) = recall {
                         recall.ack();

@@ -1,7 +1,7 @@
 //! Pages of `coherent` files that the daemon has asked back and that are not said to be unmapped yet.
 //!
-//! Until then none of them is asked for and no answer for one is used: it would be mapped behind the
-//! unmapping and before the word, and the daemon would take a page back that is being stored to.
+//! Until then none of them is asked for, and no answer that the worker has is used: it would be mapped behind
+//! the unmapping and before the word, and the daemon would take a page back that is being stored to.
 
 use super::Pager;
 use super::faults::Waiter;
@@ -67,7 +67,10 @@ impl Pager {
         };
         let site = file.content.lock().site.clone();
         if let Some(site) = site {
-            self.faults.spoil(&pages);
+            match recall {
+                Some(_) => self.faults.spoil_answered(&pages),
+                None => self.faults.spoil(&pages),
+            }
             let file = Arc::clone(&file);
             self.recalls.0.push(OnItsWay { file, site, pages });
         }

@@ -99,8 +99,8 @@ fn local_no_store_is_lost_to_recalls() {
     });
 }
 
-/// The answer that a page may be had, which the daemon gave when it had asked for it already, comes behind
-/// its unmapping and before the word of it: what a second mapping, or open, makes happen.
+/// What a second mapping, or open, makes happen: a page is asked for while it is asked back, and had as soon as
+/// that was said.
 #[test]
 fn local_no_store_is_lost_to_recalls_with_two_opens() {
     let (fake, client) = start();
@@ -108,15 +108,11 @@ fn local_no_store_is_lost_to_recalls_with_two_opens() {
     fake.state.lock().slow = Duration::from_micros(100);
     count_while(&[&a, &b], &fake, |round| {
         let first = round % RACED as u64;
-        // A daemon asks for them by each open; the first of the words counts.
         fake.take_back(round, first, 3);
         bounded(&fake, round);
         std::thread::sleep(Duration::from_micros(round % 7 * 50));
     });
-    assert!(
-        fake.state.lock().coherent.as_ref().unwrap().again > 0,
-        "not seen here"
-    );
+    assert!(fake.state.lock().held_up > 0, "not seen here");
 }
 
 #[test]

@@ -22,7 +22,17 @@ pub(super) struct Fake {
     backend: Arc<LocalBackend>,
     pub(super) state: Mutex<State>,
     changed: Condvar,
+    /// Held from what is decided until it is sent, where the protocol says what comes first.
+    in_order: Mutex<()>,
     ttl_ms: u32,
+}
+
+/// What becomes of a message.
+enum After {
+    GoOn,
+    /// It is answered when what is asked back was given back.
+    HoldUp,
+    Dead,
 }
 
 impl Fake {
@@ -55,6 +65,7 @@ impl Fake {
 
     /// Asks for pages of the newest content back.
     pub(super) fn take_back(&self, recall: u64, first: u64, count: u32) {
+        let _in_order = self.in_order.lock();
         let (generation, token) = {
             let mut state = self.state.lock();
             let newest = state.newest;
@@ -94,6 +105,7 @@ impl Fake {
             backend,
             state: Mutex::new(state),
             changed: Condvar::new(),
+            in_order: Mutex::new(()),
             ttl_ms,
         });
         let listener = Listener::bind(&fake.socket(), 0o600).unwrap();
@@ -122,54 +134,76 @@ impl Fake {
 
     fn serve(&self, channel: &Channel) {
         let mut buf = vec![0; MESSAGE_BYTES_MAX];
-        let mut out = Vec::new();
         let mut epoch = Epoch(0);
+        // Faults for pages that are asked back.
+        let mut held_up: Vec<Vec<u8>> = Vec::new();
         loop {
             let len = match channel.recv(&mut buf) {
                 Ok(message) => message.len,
                 Err(ChannelError::Closed) => return,
                 Err(e) => panic!("{e}"),
             };
-            let frame = decode_header(&buf[..len]).unwrap();
-            let request: Result<Request<'_>, DecodeError> = Request::decode(&frame);
-            let request = request.unwrap();
-            let (slow, reply) = {
-                let mut state = self.state.lock();
-                if state.dies_after == Some(0) {
-                    (state.dies_after, state.down) = (None, true);
-                    self.changed.notify_all();
+            let mut messages = vec![buf[..len].to_vec()];
+            messages.append(&mut held_up);
+            for message in messages {
+                match self.answer(channel, &message, &mut epoch) {
+                    After::GoOn => {}
+                    After::HoldUp => held_up.push(message),
+                    After::Dead => return,
                 }
-                if state.down {
-                    // Dead, and read no more.
-                    return channel.shutdown();
-                }
-                state.dies_after = state.dies_after.map(|left| left - 1);
-                if let Request::Hello { .. } = request {
-                    state.epoch += 1;
-                    state.sessions += 1;
-                    state.opens = 0;
-                    epoch = Epoch(state.epoch);
-                } else if frame.epoch != epoch {
-                    let text = format!("{request:?} in epoch {epoch:?}: {:?}", frame.epoch);
-                    state.wrong.push(text);
-                }
-                let reply = state.handle(&request, self.ttl_ms);
-                (state.slow, reply)
-            };
-            self.changed.notify_all();
-            if let Some((reply, fd)) = reply {
-                if matches!(request, Request::Fault { .. }) {
-                    std::thread::sleep(slow);
-                }
-                let of = match request {
-                    Request::Hello { .. } => Epoch(0),
-                    _ => epoch,
-                };
-                reply.encode(frame.request, of, &mut out).unwrap();
-                // The guest may be gone; what it said before is still read.
-                let _ = channel.send(&out, fd.as_ref().map(AsFd::as_fd));
             }
         }
+    }
+
+    fn answer(&self, channel: &Channel, message: &[u8], epoch: &mut Epoch) -> After {
+        let frame = decode_header(message).unwrap();
+        let request: Result<Request<'_>, DecodeError> = Request::decode(&frame);
+        let request = request.unwrap();
+        let coherent = self.state.lock().coherent.is_some();
+        let _in_order = coherent.then(|| self.in_order.lock());
+        let (slow, reply) = {
+            let mut state = self.state.lock();
+            if state.dies_after == Some(0) {
+                (state.dies_after, state.down) = (None, true);
+                self.changed.notify_all();
+            }
+            if state.down {
+                // Dead, and read no more.
+                channel.shutdown();
+                return After::Dead;
+            }
+            if state.is_leaving(&request) {
+                state.held_up += 1;
+                return After::HoldUp;
+            }
+            state.dies_after = state.dies_after.map(|left| left - 1);
+            if let Request::Hello { .. } = request {
+                state.epoch += 1;
+                state.sessions += 1;
+                state.opens = 0;
+                *epoch = Epoch(state.epoch);
+            } else if frame.epoch != *epoch {
+                let text = format!("{request:?} in epoch {epoch:?}: {:?}", frame.epoch);
+                state.wrong.push(text);
+            }
+            let reply = state.handle(&request, self.ttl_ms);
+            (state.slow, reply)
+        };
+        self.changed.notify_all();
+        if let Some((reply, fd)) = reply {
+            if matches!(request, Request::Fault { .. }) {
+                std::thread::sleep(slow);
+            }
+            let of = match request {
+                Request::Hello { .. } => Epoch(0),
+                _ => *epoch,
+            };
+            let mut out = Vec::new();
+            reply.encode(frame.request, of, &mut out).unwrap();
+            // The guest may be gone; what it said before is still read.
+            let _ = channel.send(&out, fd.as_ref().map(AsFd::as_fd));
+        }
+        After::GoOn
     }
 
     /// Waits until `test` holds of the state; fails after 10 s.

@@ -148,6 +148,41 @@ impl State {
         self.coherent().take(page);
     }
 
+    /// Was the page asked back, and not all of the answers came?
+    fn is_asked_back(&self, page: u64) -> bool {
+        let asks = |&(generation, first, count, _): &(u32, u64, u64, u64)| {
+            generation == self.newest && (first..first.saturating_add(count)).contains(&page)
+        };
+        self.recalls.values().any(asks)
+    }
+
+    /// Is it a fault for a page that is asked back? No such page is given to anybody until then.
+    pub(super) fn is_leaving(&self, request: &Request<'_>) -> bool {
+        let Request::Fault {
+            range, generation, ..
+        } = *request
+        else {
+            return false;
+        };
+        let first = range.first.0;
+        self.coherent.is_some()
+            && generation.0 == self.newest
+            && (first..first + u64::from(range.count)).any(|page| self.is_asked_back(page))
+    }
+
+    /// Pages that were asked back are said to be unmapped.
+    pub(super) fn given_back(&mut self, generation: u32, first: u64, count: u64) {
+        if self.coherent.is_none() || self.standin.is_some() || generation != self.newest {
+            return;
+        }
+        let pages = pages_for(self.coherent().disk.len() as u64);
+        for page in first..first.saturating_add(count).min(pages) {
+            if !self.is_asked_back(page) {
+                self.coherent().take(page);
+            }
+        }
+    }
+
     /// Gives the file another length.
     pub(super) fn resize(&mut self, bytes: u64) {
         let newest = self.newest;
@@ -269,11 +304,12 @@ impl State {
             Request::Unmapped {
                 generation, range, ..
             } if self.standin.is_none() && generation.0 == self.newest => {
-                for page in range.first.0..range.first.0 + u64::from(range.count) {
-                    let coherent = self.coherent();
-                    coherent.take(page);
-                    if page >= pages_for(coherent.disk.len() as u64) {
-                        break;
+                let pages = pages_for(self.coherent().disk.len() as u64);
+                let end = range.first.0 + u64::from(range.count);
+                for page in range.first.0..end.min(pages) {
+                    // Who was asked for it says so by its Ack.
+                    if !self.is_asked_back(page) {
+                        self.coherent().take(page);
                     }
                 }
                 None

@@ -162,6 +162,8 @@ pub(super) struct State {
     pub(super) standin: Option<Arc<StandIn>>,
     /// What was asked back, by recall: generation, first page, pages, the newest batch of then.
     pub(super) recalls: HashMap<u64, (u32, u64, u64, u64)>,
+    /// How often a fault waited for pages that were asked back.
+    pub(super) held_up: u32,
     pub(super) channel: Option<Arc<Channel>>,
     /// The file is of a `coherent` export.
     pub(super) coherent: Option<Coherent>,
@@ -348,6 +350,9 @@ impl State {
                     (&self.standin, asked)
                 {
                     standin.acked(generation, first, count, batch);
+                }
+                if let Some((generation, first, count, _)) = asked {
+                    self.given_back(generation, first, count);
                 }
                 self.note(Seen::Ack(recall))
             }
