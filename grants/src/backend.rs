@@ -135,6 +135,12 @@ pub struct HomeSpec {
     pub class: TrustClass,
 }
 
+/// What a backend answers that has no capability `descriptors`.
+fn no_descriptors<T>(backend: &'static str) -> Result<T, GrantError> {
+    let what = "a descriptor of a file";
+    Err(GrantError::Unsupported { backend, what })
+}
+
 /// Frames, grant tables and mapping of one host.
 ///
 /// Calls are short and never wait for a guest. All of them may be called from any thread. The
@@ -168,7 +174,9 @@ pub trait Backend: Send + Sync {
 
     /// A new descriptor of the home that reads, maps and executes and can be made to write by
     /// nobody. For capability `descriptors`; else [`GrantError::Unsupported`].
-    fn home_descriptor(&self, home: HomeId) -> Result<OwnedFd, GrantError>;
+    fn home_descriptor(&self, _home: HomeId) -> Result<OwnedFd, GrantError> {
+        no_descriptors(self.name())
+    }
 
     /// Lets programs run from the home, all of whose pages are there, from now until
     /// [`Self::home_in_use`] says that it is not in use. While one runs, nothing can be taken out of
@@ -210,18 +218,26 @@ pub trait Backend: Send + Sync {
     /// truncate and fill all of it, up to a limit) it does to itself: of such a file nothing is believed but
     /// the bytes of pages that were placed there. For capability `descriptors`; else
     /// [`GrantError::Unsupported`].
-    fn arena(&self, home: HomeId, dom: DomId) -> Result<OwnedFd, GrantError>;
+    fn arena(&self, _home: HomeId, _dom: DomId) -> Result<OwnedFd, GrantError> {
+        no_descriptors(self.name())
+    }
 
     /// Ends `dom`'s arena, if there is one. No page may be in it, else [`GrantError::StillGranted`].
-    fn end_arena(&self, home: HomeId, dom: DomId) -> Result<(), GrantError>;
+    fn end_arena(&self, _home: HomeId, _dom: DomId) -> Result<(), GrantError> {
+        Ok(())
+    }
 
     /// The same for pages that several write: whoever has it writes all of them. The number rises with each
     /// [`Self::renew_common`].
-    fn common(&self, home: HomeId) -> Result<(u32, OwnedFd), GrantError>;
+    fn common(&self, _home: HomeId) -> Result<(u32, OwnedFd), GrantError> {
+        no_descriptors(self.name())
+    }
 
     /// From now on there is another common file, of which those who had the one before have nothing. No page
     /// may be in it, else [`GrantError::StillGranted`].
-    fn renew_common(&self, home: HomeId) -> Result<(), GrantError>;
+    fn renew_common(&self, _home: HomeId) -> Result<(), GrantError> {
+        Ok(())
+    }
 
     /// Moves a page's bytes, and takes them out of the file where they were, from under whoever maps it.
     /// With `leave` they stay there too, in the frame that they were in, until that is discarded, and `frame`
@@ -229,13 +245,15 @@ pub trait Backend: Send + Sync {
     /// nothing; a copy is what [`Self::load`] gave, stored in another frame.)
     fn place(
         &self,
-        home: HomeId,
-        page: PageIndex,
-        frame: FrameNo,
-        from: Where,
-        to: Where,
-        leave: bool,
-    ) -> Result<(), GrantError>;
+        _home: HomeId,
+        _page: PageIndex,
+        _frame: FrameNo,
+        _from: Where,
+        _to: Where,
+        _leave: bool,
+    ) -> Result<(), GrantError> {
+        Ok(())
+    }
 
     /// As [`Self::load`], of a frame that is at `at`; zeros past the end of the file, whatever a guest put
     /// there.

@@ -10,6 +10,7 @@
     reason = "a test fails by panicking, and this is part of tests"
 )]
 
+pub mod acked;
 pub mod admin;
 pub mod attack;
 pub mod beside;

@@ -11,6 +11,7 @@
     reason = "a test fails by panicking"
 )]
 
+use copage_tests::acked::missing;
 use copage_tests::daemon::{Daemon, Setup};
 use copage_tests::guest::Guest;
 use copage_tests::orders::{Answer, Order};
@@ -111,12 +112,9 @@ fn write_on(root: &Path, socket: &Path, how: u64, acked: &AtomicU64, stop: &Atom
 /// Every store up to `acked` is there, or a later one to the same page.
 fn all_there(path: &Path, acked: u64) {
     let bytes = std::fs::read(path).unwrap();
-    for n in (1..=acked).rev().take(PAGES as usize) {
-        let at = (n % PAGES * PAGE) as usize;
-        let found = u64::from_ne_bytes(bytes[at..at + 8].try_into().unwrap());
-        assert!(
-            found >= n && found % PAGES == n % PAGES,
-            "{path:?}: store {n} was acknowledged (the last was {acked}), and {found} is there"
+    if let Some((n, found)) = missing(&bytes, PAGES, acked) {
+        panic!(
+            "{path:?}: store {n} was acknowledged (the last was {acked}), and {found:?} is there"
         );
     }
 }

@@ -6,7 +6,6 @@ use copage_grants::entry::{Entry, EntryMemory, OwnEntries};
 use copage_grants::table::{GrantTables, Placement};
 use copage_grants::*;
 use std::collections::{BTreeSet, HashMap};
-use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 
@@ -248,10 +247,6 @@ impl Backend for Hypervisor {
         Ok(())
     }
 
-    fn home_descriptor(&self, _home: HomeId) -> Result<OwnedFd, GrantError> {
-        no("a descriptor")
-    }
-
     fn make_runnable(&self, _home: HomeId) -> Result<(), GrantError> {
         no("running")
     }
@@ -313,34 +308,6 @@ impl Backend for Hypervisor {
             let mut homes = self.homes.lock().unwrap();
             assert!(homes.get_mut(&home).unwrap().remove(&(page, *frame)));
         }
-        Ok(())
-    }
-
-    fn arena(&self, _home: HomeId, _dom: DomId) -> Result<OwnedFd, GrantError> {
-        no("a descriptor")
-    }
-
-    fn end_arena(&self, _home: HomeId, _dom: DomId) -> Result<(), GrantError> {
-        Ok(())
-    }
-
-    fn common(&self, _home: HomeId) -> Result<(u32, OwnedFd), GrantError> {
-        no("a descriptor")
-    }
-
-    fn renew_common(&self, _home: HomeId) -> Result<(), GrantError> {
-        Ok(())
-    }
-
-    fn place(
-        &self,
-        _home: HomeId,
-        _page: PageIndex,
-        _frame: FrameNo,
-        _from: Where,
-        _to: Where,
-        _leave: bool,
-    ) -> Result<(), GrantError> {
         Ok(())
     }
 

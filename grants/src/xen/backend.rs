@@ -10,7 +10,6 @@ use crate::backend::{
 };
 use crate::error::GrantError;
 use crate::ids::{DomId, FrameNo, Grant, HomeId, PAGE_SIZE, PageIndex, TableId};
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -153,10 +152,6 @@ impl Backend for XenBackend {
         Ok(())
     }
 
-    fn home_descriptor(&self, _home: HomeId) -> Result<OwnedFd, GrantError> {
-        unsupported("a descriptor of a file")
-    }
-
     fn make_runnable(&self, _home: HomeId) -> Result<(), GrantError> {
         unsupported("running programs from frames")
     }
@@ -231,34 +226,6 @@ impl Backend for XenBackend {
             domain.records()?.clear(within);
             pages.remove(&(page, frame));
         }
-        Ok(())
-    }
-
-    fn arena(&self, _home: HomeId, _dom: DomId) -> Result<OwnedFd, GrantError> {
-        unsupported("a descriptor of a file")
-    }
-
-    fn end_arena(&self, _home: HomeId, _dom: DomId) -> Result<(), GrantError> {
-        Ok(())
-    }
-
-    fn common(&self, _home: HomeId) -> Result<(u32, OwnedFd), GrantError> {
-        unsupported("a descriptor of a file")
-    }
-
-    fn renew_common(&self, _home: HomeId) -> Result<(), GrantError> {
-        Ok(())
-    }
-
-    fn place(
-        &self,
-        _home: HomeId,
-        _page: PageIndex,
-        _frame: FrameNo,
-        _from: Where,
-        _to: Where,
-        _leave: bool,
-    ) -> Result<(), GrantError> {
         Ok(())
     }
 

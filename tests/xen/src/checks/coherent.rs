@@ -9,6 +9,7 @@ use crate::lab::Lab;
 use crate::numbers::Numbers;
 use anyhow::{Context, Result, ensure};
 use copage_grants::PAGE_SIZE;
+use copage_tests::acked::missing;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -277,13 +278,9 @@ fn last_acked(job: &Background<'_, '_>) -> Result<Option<u64>> {
 /// Is every store up to `acked` in the file, or a later one to the same page?
 fn all_there(path: &std::path::Path, acked: u64) -> Result<()> {
     let bytes = std::fs::read(path)?;
-    for n in (1..=acked).rev().take(PAGES as usize) {
-        let at = (n % PAGES) as usize * PAGE_SIZE;
-        let word = bytes.get(at..).and_then(|bytes| bytes.first_chunk());
-        let found = u64::from_le_bytes(*word.context("the file is shorter")?);
-        ensure!(
-            found >= n && found % PAGES == n % PAGES,
-            "{path:?}: store {n} was acknowledged (the last was {acked}), and {found} is there"
+    if let Some((n, found)) = missing(&bytes, PAGES, acked) {
+        anyhow::bail!(
+            "{path:?}: store {n} was acknowledged (the last was {acked}), and {found:?} is there"
         );
     }
     Ok(())

@@ -10,22 +10,8 @@ const WAIT_CLASSES_MS: [u64; 12] = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 20
 /// Counts since the start.
 #[derive(Clone, Debug, Default)]
 pub(in crate::serve) struct StrictCounts {
-    /// Pages granted for reading, for writing, and for writing by several.
-    pub granted_read: u64,
-    pub granted_write: u64,
-    pub granted_shared: u64,
-    /// Pages that guests were asked for.
-    pub recalls: u64,
-    pub fills: u64,
-    pub copies: u64,
-    pub saves: u64,
-    pub saves_failed: u64,
-    pub syncs: u64,
-    pub writebacks: u64,
-    pub writes: u64,
-    pub resizes: u64,
-    pub rehomes: u64,
-    pub hosts_let_in: u64,
+    /// As `copage stats` tells them; waits and what is there now are put in when it asks.
+    pub told: StrictEntry,
     /// Faults for writing by how long they waited.
     waits: [u64; WAIT_CLASSES_MS.len() + 1],
 }
@@ -58,24 +44,11 @@ impl Coherent {
     pub(in crate::serve) fn entry(&self) -> Box<StrictEntry> {
         let counts = &self.counts;
         Box::new(StrictEntry {
-            granted_read: counts.granted_read,
-            granted_write: counts.granted_write,
-            granted_shared: counts.granted_shared,
-            recalls: counts.recalls,
-            fills: counts.fills,
-            copies: counts.copies,
-            saves: counts.saves,
-            saves_failed: counts.saves_failed,
-            syncs: counts.syncs,
-            writebacks: counts.writebacks,
-            writes: counts.writes,
-            resizes: counts.resizes,
-            rehomes: counts.rehomes,
-            hosts_let_in: counts.hosts_let_in,
             write_wait_p50_ms: counts.wait_ms(500),
             write_wait_p99_ms: counts.wait_ms(990),
             now_files: self.files.len() as u64,
             now_works: self.works.len() as u64,
+            ..counts.told
         })
     }
 }

@@ -18,7 +18,7 @@ impl Ctx {
         match action {
             Action::Fill { place } => self.coherent.fills.push(place),
             Action::Copy { place, from } => {
-                self.coherent.counts.copies += 1;
+                self.coherent.counts.told.copies += 1;
                 if let Some(file) = self.coherent.file_of(place) {
                     self.cache.strict_copy(&file.file, place.page, from);
                 }
@@ -28,7 +28,7 @@ impl Ctx {
                 frame,
                 version,
             } => {
-                self.coherent.counts.saves += 1;
+                self.coherent.counts.told.saves += 1;
                 if let Some(file) = self.coherent.file_of(place) {
                     self.cache
                         .strict_save(&file.file, place.page, frame, version);
@@ -68,7 +68,7 @@ impl Ctx {
         for run in fills.chunk_by(next) {
             for some in run.chunks(copage_cache::limits::FAULT_PAGES_MAX as usize) {
                 let Some(&first) = some.first() else { continue };
-                self.coherent.counts.fills += some.len() as u64;
+                self.coherent.counts.told.fills += some.len() as u64;
                 if let Some(file) = self.coherent.file_of(first) {
                     // A chunk has at most 512.
                     let count = some.len() as u32;
@@ -101,7 +101,7 @@ impl Ctx {
                     Some(errno) => Event::NotSaved { place, errno },
                 };
                 if errno.is_some() {
-                    self.coherent.counts.saves_failed += 1;
+                    self.coherent.counts.told.saves_failed += 1;
                     self.dirtied(place);
                 }
                 self.step(Input::Page(event));

@@ -214,7 +214,7 @@ impl Ctx {
         running.is_job = true;
         let number = running.number;
         let cached = file.file.clone();
-        let counts = &mut self.coherent.counts;
+        let counts = &mut self.coherent.counts.told;
         match what {
             Exclusive::Truncate { bytes, .. } | Exclusive::Grow { end: bytes, .. } => {
                 counts.resizes += 1;

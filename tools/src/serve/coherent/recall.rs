@@ -35,7 +35,7 @@ pub(super) struct Asked {
 impl Ctx {
     /// The machine wants a session asked for a page.
     pub(in crate::serve) fn ask_page(&mut self, epoch: Epoch, recall: u64, place: Place) {
-        self.coherent.counts.recalls += 1;
+        self.coherent.counts.told.recalls += 1;
         self.lost_page(epoch, place);
         self.coherent.asks.push(Ask {
             epoch,

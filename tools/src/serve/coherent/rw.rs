@@ -55,7 +55,7 @@ impl Ctx {
             syncing: false,
         };
         let work = self.rw_work(file, dom, offset, what);
-        self.coherent.counts.writes += 1;
+        self.coherent.counts.told.writes += 1;
         self.coherent.works.insert(number, work);
         self.write_or_grow(number, end);
     }

@@ -13,7 +13,7 @@ impl Ctx {
             self.coherent.answers.push_back((number, gone));
             return;
         };
-        self.coherent.counts.syncs += 1;
+        self.coherent.counts.told.syncs += 1;
         let pages = self.dirty_pages(id);
         self.cache
             .strict_sync(number, &file.file, Some(dom), pages, true);
@@ -56,7 +56,7 @@ impl Ctx {
                 self.forget_file(id);
             } else if !file.writing_back {
                 file.writing_back = true;
-                self.coherent.counts.writebacks += 1;
+                self.coherent.counts.told.writebacks += 1;
                 self.cache
                     .strict_sync(number, &file.file, None, pages, false);
             }

@@ -190,12 +190,12 @@ impl Ctx {
         let coherent = &mut self.coherent;
         let grant = coherent.granted.get(&(epoch, place)).copied();
         match access {
-            Access::ReadOnly => coherent.counts.granted_read += 1,
+            Access::ReadOnly => coherent.counts.told.granted_read += 1,
             Access::ReadWrite => {
                 if self.machine.pages().is_shared_rw(place) {
-                    coherent.counts.granted_shared += 1;
+                    coherent.counts.told.granted_shared += 1;
                 } else {
-                    coherent.counts.granted_write += 1;
+                    coherent.counts.told.granted_write += 1;
                 }
                 self.dirtied(place);
             }
