@@ -8,9 +8,13 @@ use std::fs::File;
 use std::io::{IoSlice, Read};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 
-fn open_files() -> usize {
-    std::fs::read_dir("/proc/self/fd").unwrap().count()
+/// Descriptors of this process that are of the file: other tests open and close theirs beside this one.
+fn open_of(file: &Path) -> usize {
+    let fds = std::fs::read_dir("/proc/self/fd").unwrap();
+    let links = fds.filter_map(|fd| std::fs::read_link(fd.ok()?.path()).ok());
+    links.filter(|link| link == file).count()
 }
 
 /// Sends several descriptors beside one message, as no honest end does.
@@ -28,7 +32,6 @@ fn send_raw(channel: &Channel, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
     .unwrap();
 }
 
-// One test for all that count descriptors of the process: tests run side by side.
 #[test]
 fn local_messages_and_descriptors_arrive_and_nothing_else_does() {
     let dir = tempfile::tempdir().unwrap();
@@ -49,9 +52,9 @@ fn local_messages_and_descriptors_arrive_and_nothing_else_does() {
 
     let mut buf = vec![0; 200_000];
     let long = vec![5; 128 * 1024 + 512];
-    let file = dir.path().join("file");
-    std::fs::write(&file, b"beside").unwrap();
-    let file = File::open(&file).unwrap();
+    let beside = dir.path().join("file");
+    std::fs::write(&beside, b"beside").unwrap();
+    let file = File::open(&beside).unwrap();
     daemon.try_send(&long, Some(file.as_fd())).unwrap();
     let received = guest.recv(&mut buf).unwrap();
     assert_eq!(buf[..received.len], long);
@@ -62,15 +65,16 @@ fn local_messages_and_descriptors_arrive_and_nothing_else_does() {
     File::from(fd).read_to_string(&mut text).unwrap();
     assert_eq!(text, "beside");
 
-    let before = open_files();
+    let before = open_of(&beside);
+    assert_eq!(before, 1);
     let many = [file.as_fd(); 200];
     send_raw(&guest, b"unwanted", &many);
     assert_eq!(daemon.recv(&mut buf).unwrap().len, 8);
-    assert_eq!(open_files(), before, "a daemon takes no descriptors");
+    assert_eq!(open_of(&beside), before, "a daemon takes no descriptors");
     send_raw(&daemon, b"too many", &many);
     let received = guest.recv(&mut buf).unwrap();
     assert!(received.fd.is_some());
-    assert_eq!(open_files(), before + 1, "one at most is kept");
+    assert_eq!(open_of(&beside), before + 1, "one at most is kept");
     drop(received);
 
     guest.send(&long, None).unwrap();
@@ -83,7 +87,7 @@ fn local_messages_and_descriptors_arrive_and_nothing_else_does() {
     send_raw(&daemon, &long, &many[..1]);
     assert!(guest.recv(&mut buf[..100]).is_err());
     assert_eq!(
-        open_files(),
+        open_of(&beside),
         before,
         "the descriptor beside a message that is lost is closed"
     );

@@ -8,7 +8,8 @@ use anyhow::{Context, Result, bail};
 use std::path::{Component, Path, PathBuf};
 use std::process::ExitCode;
 
-/// Shows what the daemon holds of a file: which pages, of which version, who was granted them.
+/// Shows what the daemon holds of a file: which pages, of which version, who was granted them; of a file that
+/// guests write also the state of each (`copage leases` shows who waits).
 ///
 /// FILE is a path of this machine or EXPORT:PATH. A file that is `host-bounded` is compared at open and
 /// on notification only: the daemon has no kernel lease on it, because a process of this machine has it
@@ -128,7 +129,12 @@ fn show(entry: &FilePagesEntry) -> Result<()> {
     if entry.runs.is_empty() {
         return Ok(());
     }
-    let mut table = Table::new(&["PAGES", "COUNT", "BYTES", "VERSION", "FRAMES", "HOLDERS"]);
+    let mut heads = vec!["PAGES", "COUNT", "BYTES", "VERSION", "FRAMES", "HOLDERS"];
+    let strict = entry.runs.iter().any(|run| run.strict.is_some());
+    if strict {
+        heads.push("STATE");
+    }
+    let mut table = Table::new(&heads);
     for run in &entry.runs {
         let last = run.first.saturating_add(run.count.saturating_sub(1));
         let range = if run.count == 1 {
@@ -141,14 +147,20 @@ fn show(entry: &FilePagesEntry) -> Result<()> {
         } else {
             run.holders.join(" ")
         };
-        table.row(vec![
+        let version = run.strict.as_ref().map(|strict| &strict.version);
+        let mut row = vec![
             range,
             run.count.to_string(),
             pages(run.count),
-            entry.version.clone(),
+            version.unwrap_or(&entry.version).clone(),
             if run.huge { "2 MiB" } else { "4 KiB" }.to_owned(),
             holders,
-        ]);
+        ];
+        if strict {
+            let state = run.strict.as_ref().map_or("", |strict| &strict.state);
+            row.push(state.to_owned());
+        }
+        table.row(row);
     }
     table.print()
 }

@@ -117,6 +117,10 @@ impl Core {
     pub(super) fn admin_answers(&mut self) {
         while let Ok((id, done)) = self.admin.runner.done.try_recv() {
             let reply = match done {
+                Done::Reply(AdminReply::Pages(mut entry)) => {
+                    self.show_strict(&mut entry);
+                    AdminReply::Pages(entry)
+                }
                 Done::Reply(reply) => reply,
                 Done::Stats(stats, tables) => AdminReply::Stats(self.stats(&stats, &tables)),
                 Done::Added(export, entry) => {

@@ -326,6 +326,7 @@ fn pages(
             count: run.count.into(),
             huge: run.huge,
             holders: run.holders.iter().map(|dom| name_of(names, *dom)).collect(),
+            strict: None,
         })
         .collect();
     Ok(entry)

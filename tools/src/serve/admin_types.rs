@@ -5,7 +5,7 @@
 //! by one reply `{"reply":"guests",…}`, in order. Unknown commands and fields are errors. Numbers of
 //! pages count 4 KiB; times are in ms.
 
-pub use super::strict_types::{LeaseHolder, LeasePage, LeasesEntry, StrictEntry};
+pub use super::strict_types::{LeaseHolder, LeasePage, LeasesEntry, StrictEntry, StrictRun};
 use crate::config::Uuid;
 use copage_grants::channel::DomainPeer;
 use serde::{Deserialize, Serialize};
@@ -255,7 +255,8 @@ pub struct FilePagesEntry {
     pub host_bounded: bool,
     /// Frames of earlier generations that may still be mapped.
     pub quarantined_pages: u64,
-    /// Runs of resident pages with the same holders, by page; at most 10,000.
+    /// Runs of resident pages with the same holders (and, of a coherent file, state and version), by page; at
+    /// most 10,000.
     pub runs: Vec<PageRunEntry>,
 }
 
@@ -270,6 +271,9 @@ pub struct PageRunEntry {
     pub huge: bool,
     /// Who holds grants, by name (a guest that has several sessions more than once).
     pub holders: Vec<String>,
+    /// Of a coherent file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub strict: Option<StrictRun>,
 }
 
 /// Grants.

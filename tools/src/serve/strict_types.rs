@@ -35,6 +35,19 @@ pub struct LeasePage {
     pub since_ms: u64,
 }
 
+/// What a run of pages of a coherent file has in common.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StrictRun {
+    /// As of [`LeasePage`].
+    pub state: String,
+    /// Which content.
+    pub version: String,
+    /// Somebody could write since it was last filled or saved.
+    pub dirty: bool,
+    /// Those of the holders that may write.
+    pub writers: Vec<String>,
+}
+
 /// Who has a page of a coherent file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LeaseHolder {

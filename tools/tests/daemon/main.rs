@@ -9,8 +9,10 @@
 
 mod admin;
 mod coherent;
+mod coherent_ends;
 mod files;
 mod hostile;
 mod recalls;
 mod sessions;
+mod strict_guest;
 mod support;

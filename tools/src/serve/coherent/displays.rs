@@ -1,8 +1,11 @@
 //! What the administrator is shown of coherent files.
 
-use super::super::admin_types::{LeaseHolder, LeasePage, LeasesEntry};
+use super::super::admin_types::{
+    FilePagesEntry, LeaseHolder, LeasePage, LeasesEntry, PageRunEntry, StrictRun,
+};
 use super::super::core::Core;
-use copage_coherence::strict::{DAEMON, PageState, State};
+use super::super::limits::PAGE_RUNS_MAX;
+use copage_coherence::strict::{DAEMON, HolderState, PageState, State};
 use copage_grants::{Access, Epoch};
 use std::path::{Component, Path, PathBuf};
 
@@ -40,8 +43,56 @@ impl Core {
         found
     }
 
+    /// Puts the pages of a coherent file, as the machine has them, in the place of what the cache says.
+    pub(in crate::serve) fn show_strict(&self, entry: &mut FilePagesEntry) {
+        let wanted = self.host_path(&entry.path);
+        let mut files = self.ctx.coherent.files.iter();
+        let Some((id, _)) = files.find(|(_, file)| file.file.path() == wanted) else {
+            return;
+        };
+        let mut runs: Vec<PageRunEntry> = Vec::new();
+        for page in self.ctx.machine.pages().pages_of(id.0) {
+            if page.frame.is_none() {
+                continue;
+            }
+            let next = self.run_of(&page);
+            let goes_on = |run: &&mut PageRunEntry| {
+                run.first + run.count == next.first
+                    && (&run.holders, &run.strict) == (&next.holders, &next.strict)
+            };
+            if let Some(run) = runs.last_mut().filter(goes_on) {
+                run.count += 1;
+            } else if runs.len() < PAGE_RUNS_MAX {
+                runs.push(next);
+            } else {
+                break;
+            }
+        }
+        entry.runs = runs;
+    }
+
+    fn run_of(&self, page: &PageState) -> PageRunEntry {
+        let names = |writers: bool| {
+            let of = |holder: &&HolderState| !writers || holder.access == Access::ReadWrite;
+            let holders = page.holders.iter().filter(of);
+            holders.map(|holder| self.guest_of(holder.epoch)).collect()
+        };
+        PageRunEntry {
+            first: page.page.0,
+            count: 1,
+            huge: false,
+            holders: names(false),
+            strict: Some(StrictRun {
+                state: name_of(page.state).to_owned(),
+                version: page.version.to_string(),
+                dirty: page.dirty,
+                writers: names(true),
+            }),
+        }
+    }
+
     fn lease(&self, path: &Path, page: &PageState) -> LeasePage {
-        let holder = |holder: &copage_coherence::strict::HolderState| LeaseHolder {
+        let holder = |holder: &HolderState| LeaseHolder {
             guest: self.guest_of(holder.epoch),
             epoch: holder.epoch.0,
             writable: holder.access == Access::ReadWrite,
