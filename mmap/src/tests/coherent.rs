@@ -56,6 +56,21 @@ pub(super) fn recall(fake: &Fake, number: u64, first: u64, count: u32) {
     fake.wait("acked", |s| s.seen.contains(&Seen::Ack(number)));
 }
 
+/// As when another guest wanted the page first. Two guests that forgot such answers took a page from each other for
+/// ever.
+#[test]
+fn local_what_is_asked_for_before_it_is_asked_back_is_had_afterwards() {
+    let (fake, client) = start();
+    let mapping = map_written(&client);
+    assert_eq!(page_word(mapping.as_volatile(), 5), word(1, 5));
+    let before = fake.faults().len();
+    fake.state.lock().asks_first = Some(1 << 63);
+    put(&mapping, 5, 55);
+    assert!(fake.state.lock().seen.contains(&Seen::Ack(1 << 63)));
+    assert_eq!(held(&fake), [5]);
+    assert_eq!(fake.faults()[before..].len(), 1, "asked for once");
+}
+
 #[test]
 fn local_what_is_stored_is_the_files_and_goes_home_when_it_is_asked_for() {
     let (fake, client) = start();

@@ -66,6 +66,10 @@ impl Fake {
     /// Asks for pages of the newest content back.
     pub(super) fn take_back(&self, recall: u64, first: u64, count: u32) {
         let _in_order = self.in_order.lock();
+        self.ask_back(recall, first, count);
+    }
+
+    fn ask_back(&self, recall: u64, first: u64, count: u32) {
         let (generation, token) = {
             let mut state = self.state.lock();
             let newest = state.newest;
@@ -161,6 +165,12 @@ impl Fake {
         let request = request.unwrap();
         let coherent = self.state.lock().coherent.is_some();
         let _in_order = coherent.then(|| self.in_order.lock());
+        if let Request::Fault { range, .. } = request {
+            let recall = self.state.lock().asks_first.take();
+            if let Some(recall) = recall {
+                self.ask_back(recall, range.first.0, range.count);
+            }
+        }
         let (slow, reply) = {
             let mut state = self.state.lock();
             if state.dies_after == Some(0) {

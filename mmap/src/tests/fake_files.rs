@@ -162,6 +162,8 @@ pub(super) struct State {
     pub(super) standin: Option<Arc<StandIn>>,
     /// What was asked back, by recall: generation, first page, pages, the newest batch of then.
     pub(super) recalls: HashMap<u64, (u32, u64, u64, u64)>,
+    /// Ask for the pages of the next fault back, by this recall, before it is looked at.
+    pub(super) asks_first: Option<u64>,
     /// How often a fault waited for pages that were asked back.
     pub(super) held_up: u32,
     pub(super) channel: Option<Arc<Channel>>,
