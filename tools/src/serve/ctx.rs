@@ -1,16 +1,17 @@
-//! What all sessions share: the machine, the cache, tickets, recalls. Everything here runs on the
+//! What all sessions share: the machine, the cache, tickets. Everything here runs on the
 //! loop's thread.
 
 use super::coherent::Coherent;
 use super::exports::Exports;
 use super::handles::Tags;
 use super::identity::Guests;
+use super::recalls::Recalls;
 use super::session::{Conn, Open, Session};
-use copage_cache::{Cache, CachedFile, ExportId, FileId, Holder, OpenHow, RecallEnd};
+use copage_cache::{Cache, CachedFile, ExportId, FileId, Holder};
 use copage_coherence::msg::{ERROR_TEXT_BYTES_MAX, FenceReason, FileToken, Reply};
-use copage_coherence::session::{Action, Event, RecallOutcome, Subject};
+use copage_coherence::session::Event;
 use copage_coherence::strict::{Input, Output, Strict};
-use copage_grants::{Backend, DomId, Epoch, PageIndex};
+use copage_grants::{Backend, DomId, Epoch};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -58,31 +59,6 @@ pub(super) struct Ticket {
     pub wanted: Wanted,
 }
 
-/// One recall of the cache from one domain, asked through each of the domain's opens of the file.
-#[derive(Debug)]
-struct Join {
-    file: Arc<CachedFile>,
-    generation: u32,
-    first: PageIndex,
-    count: u32,
-    dom: DomId,
-    left: usize,
-}
-
-/// Which recall of the machine is for what.
-#[derive(Clone, Copy, Debug)]
-enum Asked {
-    Pages { join: u64 },
-    Rebase,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct AskedOf {
-    conn: u64,
-    token: FileToken,
-    what: Asked,
-}
-
 /// A session as the hypervisor knows it.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Bound {
@@ -127,8 +103,7 @@ pub(super) struct Ctx {
     pub bound: HashMap<DomId, Bound>,
     /// Who has a file open.
     pub openers: HashMap<FileId, Vec<(u64, FileToken)>>,
-    joins: HashMap<u64, Join>,
-    asked: HashMap<u64, AskedOf>,
+    pub(super) recalls: Recalls,
     pub coherent: Coherent,
     pub userfaultfd: Option<OwnedFd>,
     pub own_uid: u32,
@@ -161,8 +136,7 @@ impl Ctx {
             by_epoch: HashMap::new(),
             bound: HashMap::new(),
             openers: HashMap::new(),
-            joins: HashMap::new(),
-            asked: HashMap::new(),
+            recalls: Recalls::default(),
             coherent: Coherent::new(cache),
             userfaultfd: None,
             own_uid: rustix::process::geteuid().as_raw(),
@@ -311,187 +285,6 @@ impl Ctx {
             }
         }
         Err(last.unwrap_or(copage_cache::CacheError::Changing))
-    }
-
-    /// Asks a session something back through one of its opens.
-    fn ask(
-        &mut self,
-        conn: u64,
-        session: &mut Session,
-        token: FileToken,
-        subject: Subject,
-        what: Asked,
-    ) -> bool {
-        let before = self.actions.len();
-        let epoch = session.epoch;
-        self.event(Event::Recall { epoch, subject });
-        let number = self.actions.iter().skip(before).find_map(|out| match out {
-            Output::Session(Action::Ask {
-                epoch: whose,
-                recall,
-                subject: asked,
-            }) if *whose == epoch && *asked == subject => Some(*recall),
-            _ => None,
-        });
-        let (Some(recall), Some(open)) = (number, session.files.get_mut(&token)) else {
-            return false;
-        };
-        open.asked.push(recall);
-        if matches!(what, Asked::Rebase) {
-            open.rebase = Some(recall);
-        }
-        self.asked.insert(recall, AskedOf { conn, token, what });
-        true
-    }
-
-    /// The cache wants pages back from one domain.
-    pub(super) fn recall_pages(
-        &mut self,
-        conn: Option<&mut Conn>,
-        file: &Arc<CachedFile>,
-        pages: (u32, PageIndex, u32),
-        dom: DomId,
-        reason: copage_coherence::msg::InvalidateReason,
-    ) {
-        use copage_coherence::msg::{Generation, PageRange};
-        let (generation, first, count) = pages;
-        let mut left = 0;
-        let join = self.number();
-        let mut is_live = false;
-        if let Some(conn) = conn
-            && let Some(mut session) = conn.session.take()
-        {
-            let id = conn.id;
-            let tokens: Vec<FileToken> = self
-                .openers
-                .get(&file.id)
-                .map(|all| {
-                    all.iter()
-                        .filter(|(c, _)| *c == id)
-                        .map(|&(_, t)| t)
-                        .collect()
-                })
-                .unwrap_or_default();
-            for token in tokens {
-                let maps = session
-                    .files
-                    .get(&token)
-                    .is_some_and(|o| o.how != OpenHow::Read);
-                let subject = Subject::Pages {
-                    file: token,
-                    generation: Generation(generation),
-                    range: PageRange { first, count },
-                    reason,
-                };
-                if maps && self.ask(id, &mut session, token, subject, Asked::Pages { join }) {
-                    left += 1;
-                }
-            }
-            is_live = self.machine.sessions().counts(self.now_ms, session.epoch);
-            conn.session = Some(session);
-        }
-        if left == 0 {
-            // Nobody to ask: the file was closed meanwhile, or the session is gone.
-            let end = if is_live {
-                RecallEnd::Acked
-            } else {
-                RecallEnd::Fenced
-            };
-            self.cache
-                .recall_done(file, generation, first, count, dom, end);
-        } else {
-            let join = (
-                join,
-                Join {
-                    file: file.clone(),
-                    generation,
-                    first,
-                    count,
-                    dom,
-                    left,
-                },
-            );
-            self.joins.insert(join.0, join.1);
-        }
-    }
-
-    /// A file that this session has open has a newer content.
-    pub(super) fn rebase(&mut self, conn: &mut Conn, token: FileToken) {
-        use copage_coherence::msg::Generation;
-        let id = conn.id;
-        let Some(mut session) = conn.session.take() else {
-            return;
-        };
-        if let Some(open) = session.files.get_mut(&token)
-            && !open.withdrawn
-            && open.how != OpenHow::Read
-        {
-            if open.rebase.is_some() {
-                open.rebase_again = true;
-            } else if !conn.has_room() {
-                // Many files can change at once, and one that reads slowly is not dead.
-                if !std::mem::replace(&mut open.rebase_again, true) {
-                    conn.rebases.push_back(token);
-                }
-            } else {
-                let state = self.cache.current(&open.file);
-                let subject = Subject::Rebase {
-                    file: token,
-                    generation: Generation(state.generation),
-                    version: state.version,
-                    bytes: state.bytes,
-                };
-                self.ask(id, &mut session, token, subject, Asked::Rebase);
-            }
-        }
-        conn.session = Some(session);
-    }
-
-    /// A recall has ended. `conn` is whose it was; `true`: the file changed meanwhile, ask again.
-    pub(super) fn settled(
-        &mut self,
-        conn: Option<&mut Conn>,
-        recall: u64,
-        outcome: RecallOutcome,
-    ) -> Option<FileToken> {
-        let asked = self.asked.remove(&recall)?;
-        let mut again = None;
-        let open = conn
-            .and_then(|c| c.session.as_mut())
-            .and_then(|s| s.files.get_mut(&asked.token));
-        if let Some(open) = open {
-            open.asked.retain(|&r| r != recall);
-            if open.rebase == Some(recall) {
-                open.rebase = None;
-                if std::mem::take(&mut open.rebase_again) {
-                    again = Some(asked.token);
-                }
-            }
-        }
-        if let Asked::Pages { join } = asked.what {
-            let done = match outcome {
-                RecallOutcome::Fenced => Some(RecallEnd::Fenced),
-                // A process that is gone maps nothing.
-                RecallOutcome::Acked | RecallOutcome::Ended => {
-                    self.joins.get_mut(&join).and_then(|j| {
-                        j.left -= 1;
-                        (j.left == 0).then_some(RecallEnd::Acked)
-                    })
-                }
-            };
-            if let Some(end) = done
-                && let Some(j) = self.joins.remove(&join)
-            {
-                self.cache
-                    .recall_done(&j.file, j.generation, j.first, j.count, j.dom, end);
-            }
-        }
-        again
-    }
-
-    /// Whose recall it is.
-    pub(super) fn asked_conn(&self, recall: u64) -> Option<u64> {
-        self.asked.get(&recall).map(|a| a.conn)
     }
 
     /// Takes an open out of a session's table: the caller has told the cache.

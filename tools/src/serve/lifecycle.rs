@@ -9,7 +9,7 @@ use super::outbox::Unsent;
 use super::session::{Conn, Session};
 use copage_cache::{CachedFile, GuestLimits, Holder};
 use copage_coherence::msg::{FenceReason, FileToken, Notice, Reply, WelcomeFlags};
-use copage_coherence::session::{Action, Event, Guest, RecallOutcome, Refusal, Subject};
+use copage_coherence::session::{Action, Event, Guest, Refusal, Subject};
 use copage_coherence::strict::Output;
 use copage_grants::channel::{Channel, Peer, ProcessPeer};
 use copage_grants::xen::channel::limits::CONTROL_DOMID;
@@ -125,52 +125,6 @@ impl Ctx {
         };
         self.answer_with(conn, epoch, hello.request, &reply, fd);
     }
-
-    /// Sends what a recall asks.
-    fn send_recall(&mut self, conn: &mut Conn, epoch: Epoch, recall: u64, subject: Subject) {
-        let deadline_ms = self.machine.sessions().config().invalidate_deadline_ms;
-        match subject {
-            Subject::Pages {
-                file,
-                generation,
-                range,
-                reason,
-            } => {
-                let notice = Notice::Invalidate {
-                    recall,
-                    file,
-                    generation,
-                    range,
-                    reason,
-                    deadline_ms,
-                };
-                self.notify(conn, epoch, &notice, None);
-            }
-            // Sent with others of its run.
-            Subject::Place(_) => {}
-            Subject::Rebase {
-                file,
-                generation,
-                version,
-                bytes,
-            } => {
-                let open = conn.session.as_ref().and_then(|s| s.files.get(&file));
-                // A pinned open keeps its content; only those with a fault handler get the new home,
-                // which has holes.
-                let maps = open.filter(|o| o.how == copage_cache::OpenHow::Map);
-                let fd = maps.and_then(|o| self.cache.descriptor(&o.file, generation.0).ok());
-                let notice = Notice::Rebase {
-                    recall,
-                    file,
-                    generation,
-                    version,
-                    bytes,
-                    deadline_ms,
-                };
-                self.notify(conn, epoch, &notice, fd);
-            }
-        }
-    }
 }
 
 impl Core {
@@ -274,20 +228,6 @@ impl Core {
                 .refuse(conn, hello.request, libc::EUSERS, &why.to_string());
         }
         self.drop_conn(id);
-    }
-
-    fn settled(&mut self, recall: u64, outcome: RecallOutcome) {
-        let conn = self
-            .ctx
-            .asked_conn(recall)
-            .and_then(|id| self.conns.get_mut(&id));
-        let id = conn.as_ref().map(|c| c.id);
-        let again = self.ctx.settled(conn, recall, outcome);
-        if let (Some(id), Some(token)) = (id, again)
-            && let Some(conn) = self.conns.get_mut(&id)
-        {
-            self.ctx.rebase(conn, token);
-        }
     }
 
     /// A session counts for nothing any more.

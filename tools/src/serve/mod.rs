@@ -26,6 +26,7 @@ mod limits;
 mod outbox;
 mod poll;
 mod ready;
+mod recalls;
 mod run_dir;
 mod session;
 mod start;
