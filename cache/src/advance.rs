@@ -223,14 +223,7 @@ impl Cache {
             self.issue(file, inner, first, end);
             return Step::Wait(waiter);
         }
-        let patience_ms = 2 * u64::from(self.config.recall_deadline_ms);
-        let late = now_ms() > waiter.since_ms.saturating_add(patience_ms);
-        let (is_hopeless, is_shrinking) = {
-            let frames = self.frames.lock();
-            (!frames.any_reclaimable(), frames.used() > frames.budget())
-        };
-        // Down to a budget that was cut it can take many rounds of asking guests; each comes to an end.
-        if is_hopeless || late && !is_shrinking {
+        if !self.frames_may_come(waiter.since_ms) {
             self.fail(file, inner, waiter, CacheError::NoFrames);
             return Step::Done;
         }

@@ -20,16 +20,34 @@ impl Cache {
     pub(crate) fn reserve(&self, count: u32, out: &mut Vec<FrameNo>) -> bool {
         for _ in 0..3 {
             let missing = count - out.len() as u32;
-            let (short, batch) = {
+            let (short, wanted) = {
                 let mut frames = self.frames.lock();
                 frames.take(missing, out);
-                (count - out.len() as u32, frames.batch())
+                let short = count - out.len() as u32;
+                // Nothing is to be had before the excess is gone: piece by piece, each would be waited for.
+                let most = (short + frames.excess()).min(RECALL_PAGES_MAX);
+                (short, frames.batch().max(short).max(most))
             };
-            if short == 0 || self.evict_batch(short.max(batch)) == 0 {
+            if short == 0 || self.evict_batch(wanted) == 0 {
                 break;
             }
         }
         !out.is_empty()
+    }
+
+    /// May frames still come for who waits since `since_ms`? Whoever is asked for some answers within a deadline,
+    /// or is fenced. Down to a budget that was cut it can take many rounds of asking: that is waited for as long as
+    /// it goes on. It does not where guests say that they let go, and keep everything: what they keep is given up
+    /// at its third deadline, and others are asked; twice that is waited for one to let go.
+    pub(crate) fn frames_may_come(&self, since_ms: u64) -> bool {
+        let now_ms = now_ms();
+        let deadline_ms = u64::from(self.config.recall_deadline_ms);
+        let mut frames = self.frames.lock();
+        let is_early = |since_ms: u64, deadlines| now_ms <= since_ms + deadlines * deadline_ms;
+        let goes_on = frames
+            .over_since(now_ms)
+            .is_some_and(|since_ms| is_early(since_ms, 6));
+        frames.any_reclaimable() && (goes_on || is_early(since_ms, 2))
     }
 
     /// Gives back about `count` frames: those that nobody holds first, then the ones granted the
@@ -324,8 +342,7 @@ impl Cache {
         loop {
             let (missing, batch) = {
                 let frames = self.frames.lock();
-                let over = frames.used().saturating_sub(frames.budget());
-                let wanted = over + 2 * frames.watermark();
+                let wanted = frames.excess() + 2 * frames.watermark();
                 (wanted.saturating_sub(frames.available()), frames.batch())
             };
             if missing == 0 || self.evict_batch(missing.clamp(batch, 8 * RECLAIM_BATCH)) == 0 {

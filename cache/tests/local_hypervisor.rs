@@ -258,6 +258,47 @@ fn local_a_cut_of_the_budget_fails_no_fault() {
     rig.audit();
 }
 
+/// The budget is cut below what a guest maps that acks and keeps it all; `others` pages of one that lets go are
+/// younger. What a third is answered that wants a page meanwhile.
+fn answer_beside_a_liar(others: u64) -> Result<FaultDone, CacheError> {
+    let (mut rig, xen) = rig(140);
+    let (liar, other, third) = (who(1), who(2), who(3));
+    rig.write("f", &content(1, 130 * PAGE));
+    rig.write("g", &content(2, PAGE));
+    let file = rig.map("f", liar);
+    rig.map("f", other);
+    let wanted = rig.map("g", third);
+    for page in 0..130 {
+        let of = if page < 130 - others { liar } else { other };
+        let told = told(&mut rig, &file, of, (page, 1));
+        assert!(map(&xen, of, &told)[0].is_some());
+        if of == other {
+            unmap(&xen, &told);
+        }
+    }
+    // No bank is to go: that has a way of its own.
+    rig.cache.set_frames_max(97).unwrap();
+    let generation = rig.cache.current(&wanted).generation;
+    let answer = rig.fault_of(&wanted, third, generation, (0, 1), FaultHint::Random);
+    rig.audit();
+    answer
+}
+
+#[test]
+fn local_a_cut_that_a_liar_stops_is_not_waited_for() {
+    let answer = answer_beside_a_liar(0);
+    assert!(matches!(answer, Err(CacheError::NoFrames)), "{answer:?}");
+}
+
+#[test]
+fn local_a_cut_that_a_liar_slows_down_is_waited_for() {
+    let answer = answer_beside_a_liar(90);
+    assert!(
+        matches!(answer, Ok(FaultDone::Granted { .. })),
+        "{answer:?}"
+    );
+}
+
 /// What a fenced guest has mapped counts as quarantined in that moment, and what it has not does not.
 #[test]
 fn local_what_a_fenced_guest_maps_is_quarantined_at_once() {

@@ -39,8 +39,7 @@ impl Cache {
     ) {
         let mut frames = Vec::new();
         if !self.reserve(1, &mut frames) {
-            let patience_ms = 2 * u64::from(self.config.recall_deadline_ms);
-            if now_ms() > since_ms.saturating_add(patience_ms) {
+            if !self.frames_may_come(since_ms) {
                 return self.answer_copy(file, page, Err(CacheError::NoFrames));
             }
             file.inner.lock().strict.copies.push((page, from, since_ms));

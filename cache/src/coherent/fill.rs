@@ -216,13 +216,7 @@ impl Cache {
 
     /// Until frames come free, or for as long as any guest may take over giving some back.
     pub(crate) fn wait_for_frames(&self, file: &Arc<CachedFile>, want: FillWant) {
-        let patience_ms = 2 * u64::from(self.config.recall_deadline_ms);
-        let late = now_ms() > want.since_ms.saturating_add(patience_ms);
-        let (is_hopeless, is_shrinking) = {
-            let frames = self.frames.lock();
-            (!frames.any_reclaimable(), frames.used() > frames.budget())
-        };
-        if is_hopeless || late && !is_shrinking {
+        if !self.frames_may_come(want.since_ms) {
             return self.fail_fill(file, want, &CacheError::NoFrames);
         }
         self.counters.parked.fetch_add(1, Relaxed);

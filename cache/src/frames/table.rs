@@ -80,6 +80,8 @@ pub(crate) struct FrameTable {
     counts: [u32; STATES],
     ghosts: Ghosts,
     budget: u32,
+    /// Since the budget was cut: the least that was in use, and since when, in ms.
+    over: Option<(u32, u64)>,
     slots: Vec<Option<Weak<CachedFile>>>,
     slots_free: Vec<u32>,
     /// Who is charged what.
@@ -104,6 +106,7 @@ impl FrameTable {
             counts: [0; STATES],
             ghosts: Ghosts::new(0),
             budget: 0,
+            over: None,
             slots: Vec::new(),
             slots_free: Vec::new(),
             accounts: Accounts::default(),
@@ -152,6 +155,7 @@ impl FrameTable {
 
     pub(super) fn keep_to(&mut self, budget: u32) {
         self.budget = budget;
+        self.over = None;
     }
 
     pub(crate) fn count(&self, state: FrameState) -> u32 {
@@ -167,6 +171,25 @@ impl FrameTable {
     pub(crate) fn available(&self) -> u32 {
         let left = self.budget.saturating_sub(self.used());
         left.min(self.count(FrameState::Free))
+    }
+
+    /// Frames in use that the budget has no room for: it was cut.
+    pub(crate) fn excess(&self) -> u32 {
+        self.used().saturating_sub(self.budget)
+    }
+
+    /// Of a budget that was cut: since when, in ms, the excess has not become less, or when it was gone. Counts
+    /// from when it is first asked for.
+    pub(crate) fn over_since(&mut self, now_ms: u64) -> Option<u64> {
+        let used = self.used();
+        let begun = (used > self.budget).then_some((used, now_ms));
+        let (least, since_ms) = self.over.or(begun)?;
+        let over = match used < least && least > self.budget {
+            true => (used, now_ms),
+            false => (least, since_ms),
+        };
+        self.over = Some(over);
+        Some(over.1)
     }
 
     /// The part of the budget that is neither pinned nor in quarantine. What is given back ahead of
@@ -488,6 +511,30 @@ mod tests {
         table.take(1, &mut out);
         assert!(table.filled(out[1], 0, 1, 0, false), "the ghost is known");
         assert_eq!(table.state(out[1]), FrameState::Main);
+    }
+
+    #[test]
+    fn a_cut_that_goes_on_is_told_from_one_that_does_not() {
+        let mut table = of_one_bank(64);
+        let mut frames = Vec::new();
+        table.take(40, &mut frames);
+        assert_eq!((table.excess(), table.over_since(1)), (0, None));
+        table.set_budget(32);
+        assert_eq!((table.excess(), table.over_since(5)), (8, Some(5)));
+        assert_eq!(table.over_since(9), Some(5));
+        table.release(frames[0], 0, false);
+        assert_eq!((table.excess(), table.over_since(10)), (7, Some(10)));
+        assert_eq!(table.over_since(20), Some(10));
+        table.set_budget(33);
+        assert_eq!(table.over_since(30), Some(30), "another cut");
+        frames[1..7]
+            .iter()
+            .for_each(|frame| table.release(*frame, 0, false));
+        assert_eq!((table.excess(), table.over_since(40)), (0, Some(40)));
+        table.release(frames[7], 0, false);
+        assert_eq!(table.over_since(50), Some(40), "it is over");
+        table.set_budget(39);
+        assert_eq!(table.over_since(60), None);
     }
 
     #[test]
