@@ -109,7 +109,11 @@ impl Prepared {
             .spawn(move || {
                 let result = session.run();
                 drop(running);
-                result
+                match result {
+                    // As it ended one of the threads had just taken a request (fuse_dev_do_read).
+                    Err(e) if e.raw_os_error() == Some(libc::ECONNABORTED) => Ok(()),
+                    result => result,
+                }
             })
             .map_err(sys("starting a thread"))?;
         let form = match (core.is_coherent(), core.passthrough()) {
