@@ -3,6 +3,7 @@
 use crate::client::unexpected;
 use crate::error::{MmapError, Result};
 use crate::file::File;
+use crate::rebase::rebase;
 use crate::session::Session;
 use copage_coherence::msg::{DATA_BYTES_MAX, FileToken, Reply, Request};
 
@@ -92,10 +93,15 @@ impl File {
     /// through mappings of this file may be lost.
     pub fn sync(&self) -> Result<()> {
         self.client().shared().in_session(|session| {
+            let (shared, now) = (self.client().shared(), session.number());
             let file = self.inner().token(session)?;
-            if self.inner().content.lock().stamp.session() < session.number() {
-                // The worker is about to show what there is now, and sees what is lost.
-                self.client().shared().settle()?;
+            let is_old = self.inner().content.lock().stamp.session() < now;
+            if is_old || shared.space.lock().any_before(now) {
+                // The worker is about to show what there is now, and sees what is lost. What is stored before
+                // it has, in whichever open, is lost with the rest; what is stored after this call is not.
+                shared.settle()?;
+                let content = self.inner().content.lock().clone();
+                rebase(shared, self.inner(), content);
             }
             if self.inner().take_lost() {
                 return Err(MmapError::WritesLost);

@@ -2,6 +2,7 @@
 
 use crate::file::FileInner;
 use crate::mapped::Mapped;
+use crate::stamp::SessionNo;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -50,6 +51,12 @@ impl Space {
             .filter(|m| Arc::ptr_eq(m.file(), file))
             .cloned()
             .collect()
+    }
+
+    /// Does any mapping of a `coherent` file show what an earlier session had?
+    pub(crate) fn any_before(&self, session: SessionNo) -> bool {
+        let mut coherent = self.by_addr.values().filter(|m| m.file().coherent());
+        coherent.any(|m| m.stamp().session() < session)
     }
 
     /// Takes them all out; nothing enters from here on.

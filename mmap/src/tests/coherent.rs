@@ -418,6 +418,35 @@ fn local_stores_that_went_with_the_daemon_are_told_once() {
     assert!(fake.state.lock().wrong.is_empty());
 }
 
+/// Else the next store goes where the last one was lost, and the next sync knows nothing of it.
+#[test]
+fn local_what_is_lost_is_told_when_no_store_goes_there_any_more() {
+    let (fake, client) = start();
+    let file = open_written(&client);
+    let mapping = file.map(&MapOptions::written()).unwrap();
+    put(&mapping, 1, 5);
+    fake.go_down();
+    super::returns::away(&client);
+    // Whoever is to show the next daemon's content waits for this.
+    let lock = mapping.mapped.lock(client.shared());
+    fake.come_back(false);
+    eventually("the return", || client.reconnects() == 1);
+    eventually("the next content to be known", || {
+        let known = file.inner().content.lock().stamp;
+        known.session() > mapping.mapped.stamp().session()
+    });
+    std::thread::scope(|scope| {
+        let sync = scope.spawn(|| file.sync());
+        std::thread::sleep(Duration::from_millis(100));
+        assert!(!sync.is_finished(), "told while stores still go there");
+        drop(lock);
+        assert_eq!(sync.join().unwrap(), Err(MmapError::WritesLost));
+    });
+    put(&mapping, 1, 6);
+    assert_eq!(held(&fake), [1]);
+    assert_eq!(file.sync(), Ok(()));
+}
+
 #[test]
 fn local_what_a_daemon_that_died_did_not_answer_is_not_asked_again() {
     let (fake, client) = start();
