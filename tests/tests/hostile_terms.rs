@@ -24,10 +24,11 @@ use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 const SECOND: Duration = Duration::from_secs(1);
-const TERM_MS: u32 = 600;
+/// Long enough for honest guests to renew it on a loaded machine.
+const TERM_MS: u32 = 1500;
 const TERM: Duration = Duration::from_millis(TERM_MS as u64);
-/// Beyond the term: drift and two busy cores.
-const SLACK: Duration = Duration::from_millis(900);
+/// Beyond the term: drift, and a machine with other work. Who is not fenced for it goes on for ever.
+const SLACK: Duration = Duration::from_secs(5);
 
 fn setup(force: bool) -> Setup {
     Setup {
@@ -47,7 +48,7 @@ fn local_who_never_renews_is_fenced_at_the_term() {
     let file = raw.open("export", "honest", OpenHow::Map);
     raw.fault(&file, 0, 16).unwrap();
     assert_eq!(raw.lease_ttl, TERM);
-    raw.wait_hung_up(5 * SECOND);
+    raw.wait_hung_up(TERM + SLACK);
     let took = begin.elapsed();
     assert!(took >= TERM, "fenced before its term: {took:?}");
     assert!(took < TERM + SLACK, "fenced late: {took:?}");
@@ -73,14 +74,14 @@ fn local_who_never_acks_is_fenced_at_the_deadline_and_its_frames_are_quarantined
     let begin = Instant::now();
     // A new version: without force everybody has to be asked.
     replace_in_place(&beside, 2);
-    let took = mute.wait_fenced(5 * SECOND);
+    let took = mute.wait_fenced(TERM + SLACK);
     let since = begin.elapsed();
     assert!(
         since >= TERM / 2 && since < TERM + SLACK,
         "fenced after {since:?} ({took:?})"
     );
     // It has its pages mapped still and reads the old content: nothing else may come there.
-    wait::until(3 * SECOND, "its frames to be in quarantine", || {
+    wait::until(10 * SECOND, "its frames to be in quarantine", || {
         beside.daemon.admin().stats().frames_quarantined >= 64
     });
     assert_eq!(
@@ -91,12 +92,12 @@ fn local_who_never_acks_is_fenced_at_the_deadline_and_its_frames_are_quarantined
     // An honest one has the new version meanwhile.
     let mut other = Guest::connected(beside.tree.root(), &beside.socket(), "other");
     let (mapping, _) = other.map("export", "f");
-    wait::until(3 * SECOND, "the new version", || {
+    wait::until(10 * SECOND, "the new version", || {
         other.load(mapping, 9) == 2
     });
     assert_eq!(mute.versions(), vec![1]);
     mute.kill();
-    wait::until(5 * SECOND, "quarantine to end with the process", || {
+    wait::until(10 * SECOND, "quarantine to end with the process", || {
         beside.daemon.admin().stats().frames_quarantined == 0
     });
     drop(other);
@@ -123,7 +124,7 @@ fn local_reconnecting_with_frames_in_quarantine_is_refused_beyond_the_quota() {
         match Mute::try_start(beside.tree.root(), &beside.socket(), "greedy", &name, "pin") {
             Ok(mut life) => {
                 life.stop_renewing();
-                life.wait_fenced(5 * SECOND);
+                life.wait_fenced(TERM + SLACK);
                 replace(&beside.tree.file(&name), 64, 2);
                 lives.push(life);
             }
@@ -150,7 +151,7 @@ fn local_reconnecting_with_frames_in_quarantine_is_refused_beyond_the_quota() {
         );
         life.kill();
     }
-    wait::until(5 * SECOND, "quarantine to end with the processes", || {
+    wait::until(10 * SECOND, "quarantine to end with the processes", || {
         beside.daemon.admin().stats().frames_quarantined == 0
     });
     let mut again = Mute::start(beside.tree.root(), &beside.socket(), "greedy", "p0", "pin");
@@ -257,7 +258,7 @@ fn local_a_descriptor_handed_on_reads_nothing_new_after_the_fence() {
     raw.fault(&file, 0, 8).unwrap();
     // As if sent to another process: it outlives the session.
     let leaked = std::fs::File::from(file.fd.unwrap());
-    raw.wait_hung_up(5 * SECOND);
+    raw.wait_hung_up(TERM + SLACK);
     // The same content for everybody else, of pages that nobody had filled before the fence; again
     // and again, as they are taken back all the time.
     let mut old = 0;
@@ -273,7 +274,7 @@ fn local_a_descriptor_handed_on_reads_nothing_new_after_the_fence() {
     }
     replace_in_place(&beside, 2);
     for page in 0..64 {
-        wait::until(3 * SECOND, "the new version", || {
+        wait::until(10 * SECOND, "the new version", || {
             other.load(mapping, page) == 2
         });
     }

@@ -163,8 +163,8 @@ fn local_coherent_a_stopped_writer_is_fenced_and_its_stores_are_there() {
     let mut daemon = Daemon::start(
         &tree,
         &Setup {
-            lease_ttl_ms: 1000,
-            invalidate_deadline_ms: 1000,
+            lease_ttl_ms: 2000,
+            invalidate_deadline_ms: 2000,
             ..setup()
         },
     );

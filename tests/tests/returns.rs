@@ -108,7 +108,7 @@ fn local_readers_go_on_through_ten_kills() {
 #[test]
 fn local_readers_wait_for_a_daemon_that_is_away_for_longer_than_their_lease() {
     let setup = Setup {
-        lease_ttl_ms: 500,
+        lease_ttl_ms: 1500,
         ..small()
     };
     let tree = Tree::new();
@@ -123,7 +123,7 @@ fn local_readers_wait_for_a_daemon_that_is_away_for_longer_than_their_lease() {
         } else {
             daemon.kill();
         }
-        std::thread::sleep(SECOND);
+        std::thread::sleep(2 * SECOND);
         let stuck: Vec<u64> = guests.iter_mut().map(|g| g.look().pages).collect();
         std::thread::sleep(SECOND / 4);
         let later: Vec<u64> = guests.iter_mut().map(|g| g.look().pages).collect();

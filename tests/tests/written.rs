@@ -109,7 +109,7 @@ fn local_a_daemon_that_is_killed_keeps_what_was_synced_and_says_what_may_be_lost
     let tree = Tree::new();
     let disk = zeros(&tree, 4);
     let setup = Setup {
-        lease_ttl_ms: 1000,
+        lease_ttl_ms: 2000,
         ..setup(true)
     };
     let mut daemon = Daemon::start(&tree, &setup);

@@ -226,10 +226,15 @@ impl File {
             .map_err(|e| MmapError::sys("fcntl(F_DUPFD_CLOEXEC)", &e.into()))
     }
 
+    /// Does no clone, mapping or thread of the library use it too?
+    pub(crate) fn is_last(&self) -> bool {
+        Arc::strong_count(&self.inner) == 1
+    }
+
     /// Closes the file and waits until the daemon has done so, unless a clone or a mapping still
     /// uses it: then the last of them closes it.
     pub fn close(self) -> Result<()> {
-        if Arc::strong_count(&self.inner) > 1 {
+        if !self.is_last() {
             return Ok(());
         }
         let line = &self.inner.client.shared().line;

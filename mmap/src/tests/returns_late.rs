@@ -196,6 +196,8 @@ fn local_closing_while_the_daemon_is_away_ends_at_once() {
         });
         eventually("refused", || !reachable(&mapping, 3));
         drop(mapping);
+        // The library's threads may have it in hand a moment longer.
+        eventually("nobody else to have it", || file.is_last());
         assert_eq!(file.close().unwrap_err(), MmapError::Lost(LostWhy::Closed));
         drop(client);
         // Nobody comes any more.

@@ -8,6 +8,9 @@ use copage_coherence::msg::*;
 use copage_grants::Epoch;
 use std::time::{Duration, Instant};
 
+/// To be waited for; long enough for a guest of a loaded machine to say all it has to.
+const SHORT_TERM_MS: u32 = 2000;
+
 fn sessions(host: &Host) -> usize {
     match host.admin(&AdminRequest::Guests) {
         AdminReply::Guests { guests } => guests.len(),
@@ -93,16 +96,16 @@ fn local_userfaultfd_comes_when_asked_for() {
 
 #[test]
 fn local_a_lease_that_is_not_renewed_ends() {
-    let host = Host::with(|c| c.lease_ttl_ms = 300);
+    let host = Host::with(|c| c.lease_ttl_ms = SHORT_TERM_MS);
     let mut kept = host.guest("kept");
     let silent = host.guest("silent");
     let start = Instant::now();
-    while start.elapsed() < Duration::from_millis(500) {
+    while start.elapsed() < Duration::from_millis(u64::from(SHORT_TERM_MS) + 500) {
         assert_eq!(kept.call(&Request::Renew).errno(), 0);
         std::thread::sleep(Duration::from_millis(50));
     }
     assert_eq!(
-        silent.end(Duration::from_secs(2)),
+        silent.end(Duration::from_secs(10)),
         Some(FenceReason::LeaseExpired)
     );
     assert_eq!(kept.call(&Request::Exports).errno(), 0);
@@ -111,10 +114,10 @@ fn local_a_lease_that_is_not_renewed_ends() {
 
 #[test]
 fn local_old_epochs_count_for_nothing() {
-    let host = Host::with(|c| c.lease_ttl_ms = 300);
+    let host = Host::with(|c| c.lease_ttl_ms = SHORT_TERM_MS);
     let old = host.guest("a");
     let old_epoch = old.epoch;
-    old.end(Duration::from_secs(2));
+    old.end(Duration::from_secs(10));
     let mut new = host.guest("a");
     assert!(new.epoch > old_epoch);
     let epoch = std::mem::replace(&mut new.epoch, old_epoch);
@@ -131,7 +134,7 @@ fn local_old_epochs_count_for_nothing() {
 
 #[test]
 fn local_bye_and_hang_up_end_sessions() {
-    let host = Host::with(|c| c.lease_ttl_ms = 300);
+    let host = Host::with(|c| c.lease_ttl_ms = SHORT_TERM_MS);
     let mut a = host.guest("a");
     a.post(&Request::Bye);
     assert!(receive(&a.channel).is_err());
@@ -172,7 +175,8 @@ fn local_a_killed_guest_is_gone_at_once() {
         std::thread::sleep(Duration::from_secs(60));
         return;
     }
-    let host = Host::new();
+    // No lease ends before the test gives up.
+    let host = Host::with(|c| c.lease_ttl_ms = 60_000);
     let mut child = std::process::Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "sessions::local_a_killed_guest_is_gone_at_once"])
         .env("COPAGE_TEST_GUEST", host.socket())
@@ -187,14 +191,9 @@ fn local_a_killed_guest_is_gone_at_once() {
         (guests[0].name.as_str(), guests[0].pid.unwrap()),
         ("child", child.id() as i32)
     );
-    let killed = Instant::now();
     child.kill().unwrap();
     child.wait().unwrap();
     eventually("no session after the kill", || sessions(&host) == 0);
-    assert!(
-        killed.elapsed() < Duration::from_secs(2),
-        "the lease of 5 s was not waited for"
-    );
 }
 
 #[test]
