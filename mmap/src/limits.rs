@@ -43,6 +43,8 @@ pub(crate) const HUGE_BYTES: usize = 2 << 20;
 /// Messages waiting for a daemon that does not read. A full queue means that the daemon is stuck:
 /// at a renewal each third of a term the lease runs out long before requests alone fill it.
 pub(crate) const OUTBOUND_MESSAGES_MAX: usize = 65_536;
+/// Pages that are there and shown together in a private mapping: what kernels map around a fault (64 KiB).
+pub(crate) const SHOWN_PAGES_MAX: usize = 16;
 /// Fault events read from the userfaultfd at once.
 pub(crate) const EVENTS_MAX: usize = 32;
 /// Messages taken from the channel before the userfaultfd is looked at again.

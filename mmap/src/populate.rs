@@ -51,10 +51,13 @@ impl Mapping {
         };
         for _ in 0..POPULATE_TRIES_MAX {
             self.ask(first, end, write)?;
-            if write && self.mapped.form() == Form::Own {
+            let own = write && self.mapped.form() == Form::Own;
+            let mut brought = self.mapped.populate(first, end, write && !own);
+            if own && brought.is_ok() {
                 self.mapped.make_private(shared, first, end)?;
+                brought = self.mapped.populate(first, end, true);
             }
-            match self.mapped.populate(first, end, write) {
+            match brought {
                 Ok(()) => return Ok(()),
                 // EFAULT: a page was taken back, and is not waited for in user mode only; or it is
                 // past the end by now. EHWPOISON: it was refused just now.

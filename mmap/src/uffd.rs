@@ -360,6 +360,11 @@ impl Uffd {
         self.features & FEATURE_POISON != 0
     }
 
+    /// Can pages be mapped write-protected in one step? The kernel says so of what came a little later.
+    pub(crate) fn can_show(&self) -> bool {
+        self.can_protect() && self.can_poison()
+    }
+
     /// From here on missing pages of the range (and stores, with `protect`) come here.
     pub(crate) fn register(&self, addr: usize, bytes: usize, protect: bool) -> io::Result<()> {
         let mode = REGISTER_MISSING | if protect { REGISTER_WP } else { 0 };
@@ -428,17 +433,21 @@ impl Uffd {
         self.writeprotect(addr, bytes, WRITEPROTECT_DONTWAKE)
     }
 
-    /// Maps a page that the file has, write-protected in the same step, and wakes who waits there. EEXIST
-    /// where something is mapped, EFAULT where the file has a hole, EAGAIN while mappings are just
-    /// moving, EINVAL before Linux 6.4.
-    pub(crate) fn show_protected(&self, addr: usize) -> io::Result<()> {
+    /// Maps pages that the file has, write-protected in the same step, and wakes who waits there: the first one,
+    /// and of the others those before one that cannot be. EEXIST where something is mapped, EFAULT where the
+    /// file has a hole, ENOENT where the range is in more than one mapping, EAGAIN while mappings are just moving,
+    /// EINVAL before Linux 6.4.
+    pub(crate) fn show_protected(&self, addr: usize, bytes: usize) -> io::Result<()> {
         let mut argument = UffdioContinue {
-            range: range(addr, PAGE_SIZE),
+            range: range(addr, bytes),
             mode: CONTINUE_WP,
             mapped: 0,
         };
         // SAFETY: UFFDIO_CONTINUE takes `struct uffdio_continue`.
-        unsafe { ioctl(self.fd.as_fd(), UFFDIO_CONTINUE, &mut argument) }
+        match unsafe { ioctl(self.fd.as_fd(), UFFDIO_CONTINUE, &mut argument) } {
+            Err(_) if argument.mapped > 0 => Ok(()),
+            result => result,
+        }
     }
 
     /// Makes missing pages SIGBUS. EEXIST where something is mapped, EAGAIN while mappings are just

@@ -39,7 +39,8 @@ impl Mapped {
                 _ => Ok(()),
             };
         }
-        if self.form == Form::Write && !write {
+        let uffd = self.file.client.shared().uffd.as_ref();
+        if !write && uffd.is_ok_and(|uffd| self.form.is_shown(uffd)) {
             return self.show_all(first, end);
         }
         crate::sys::populate(self.addr + span(first), span(end - first), write)
@@ -55,7 +56,7 @@ impl Mapped {
             let at = self.addr + span(page);
             let shown = {
                 let _lock = self.lock(shared);
-                uffd.show_protected(at)
+                uffd.show_protected(at, PAGE_SIZE)
             };
             match shown.map_err(|e| (e.raw_os_error(), e)) {
                 Ok(()) | Err((Some(libc::EEXIST), _)) => {}

@@ -2,6 +2,7 @@
 
 use crate::mapping::MapKind;
 use crate::sys::Protection;
+use crate::uffd::Uffd;
 
 /// See the module.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,5 +41,14 @@ impl Form {
     /// Stores to pages that are there come to the pager.
     pub(crate) fn is_armed(self) -> bool {
         self != Self::Read
+    }
+
+    /// Pages of the home are mapped by the library one by one, each armed in the same step.
+    pub(crate) fn is_shown(self, uffd: &Uffd) -> bool {
+        match self {
+            Self::Read => false,
+            Self::Own => uffd.can_show(),
+            Self::Write => true,
+        }
     }
 }

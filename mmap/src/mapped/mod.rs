@@ -120,10 +120,10 @@ pub(crate) enum Change {
 /// Maps a range of a content where nobody sees it yet: registered, and armed if it can be stored
 /// to. That order is all that keeps holes from reading as zeros, and stores from being unnoticed.
 ///
-/// Pages for [`Form::Write`] are not armed before they are there: a hole that is punched into a page which
-/// anybody maps takes the arms of every other mapping along (Linux: unmap_mapping_folio drops the
-/// markers), and the next store would go into a private copy that nobody sees. Each of them is mapped by
-/// [`Mapped::show`], with its arms, so that a store finds it armed or not there.
+/// Pages are not armed before they are there: a hole that is punched while somebody faults takes the arms of
+/// every mapping along (Linux: unmap_mapping_folio drops the markers), and the next store would go into a copy
+/// that nobody knows of. Each page is mapped by [`Mapped::show`], with its arms, so that a store finds it armed
+/// or not there. Where the kernel cannot do that (before 6.6), private mappings are armed as a whole.
 pub(crate) fn fresh(
     uffd: &Uffd,
     content: &Content,
@@ -137,12 +137,13 @@ pub(crate) fn fresh(
     };
     let region = Region::map(home.as_fd(), offset, bytes, form.protection(), align)
         .map_err(|e| MmapError::sys("mmap of the file's pages", &e))?;
-    let registered = match form {
-        Form::Write => uffd.register_all(region.addr(), bytes),
-        Form::Read | Form::Own => uffd.register(region.addr(), bytes, form.is_armed()),
+    let is_shown = form.is_shown(uffd) && !skip_arm();
+    let registered = match is_shown {
+        true => uffd.register_all(region.addr(), bytes),
+        false => uffd.register(region.addr(), bytes, form.is_armed()),
     };
     registered.map_err(|e| MmapError::sys("UFFDIO_REGISTER", &e))?;
-    if form == Form::Own && !skip_arm() {
+    if form == Form::Own && !is_shown && !skip_arm() {
         uffd.protect(region.addr(), bytes)
             .map_err(|e| MmapError::sys("UFFDIO_WRITEPROTECT", &e))?;
     }

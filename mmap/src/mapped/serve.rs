@@ -1,7 +1,8 @@
 //! The pager's changes of a mapping: they only try the lock, and never wait.
 
-use super::{Change, Form, Mapped};
+use super::{Change, Form, Mapped, Ops, span};
 use crate::error::MmapError;
+use crate::limits::SHOWN_PAGES_MAX;
 use crate::mapping::PageError;
 use crate::uffd::Uffd;
 use copage_grants::PAGE_SIZE;
@@ -31,13 +32,32 @@ impl Mapped {
         let Some(addr) = self.address_of(file_page).filter(|_| ops.region.is_some()) else {
             return Some(true);
         };
-        match uffd.show_protected(addr) {
+        let page = (addr - self.addr) / PAGE_SIZE;
+        let shown = match uffd.show_protected(addr, span(self.shown_with(&ops, page))) {
+            // A neighbour is mapped otherwise.
+            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => {
+                uffd.show_protected(addr, PAGE_SIZE)
+            }
+            shown => shown,
+        };
+        match shown {
             Err(e) if e.raw_os_error() == Some(libc::EINVAL) => return Some(false),
             Ok(()) => {}
             // There by now, a hole by now, or just moving: the access tries again and sees.
             Err(_) => uffd.wake(addr, PAGE_SIZE),
         }
         Some(true)
+    }
+
+    /// How many pages are shown for a load from `page`, as the kernel does where it is not asked to tell: not what
+    /// is the mapping's own, nor of a `coherent` file, where each page is asked for by itself.
+    fn shown_with(&self, ops: &Ops, page: usize) -> usize {
+        if self.form != Form::Own || self.file.coherent() {
+            return 1;
+        }
+        let end = self.pages().min(page + SHOWN_PAGES_MAX);
+        let stays = |p: &usize| ops.private.get(*p) || ops.refused_pages.contains(p);
+        (page + 1..end).find(stays).unwrap_or(end) - page
     }
 
     /// Is this page mapped from an arena? `None`: the mapping is being changed, and who does that wakes

@@ -81,7 +81,8 @@ impl Pager {
             None => return,
         }
         let mut write = (fault.write || fault.protected) && mapped.form() != Form::Read;
-        if fault.minor && !write {
+        // A store to a page that becomes the mapping's own is noticed when it finds it armed.
+        if fault.minor && (!write || mapped.form() == Form::Own) {
             match mapped.show(uffd, page) {
                 Some(false) => write = true,
                 Some(true) | None => return,

@@ -96,6 +96,35 @@ fn local_mutant_skip_the_arm_is_noticed() {
     );
 }
 
+/// A hole that is punched into a page while somebody faults on it takes the kernel's mark along. That is a
+/// race; the marks are taken by hand here.
+#[test]
+fn local_a_store_is_noticed_where_the_kernel_lost_its_mark() {
+    let fake = Fake::start(BYTES);
+    let client = connect(&fake);
+    let mapping = map(&client, &MapOptions::private());
+    let bytes = mapping.as_volatile();
+    let as_they_were = |page| assert_eq!(page_word(bytes, page), word(1, page as u64));
+    (0..8).for_each(as_they_were);
+    fake.punch(0, 8);
+    let uffd = client.shared().uffd.as_ref().unwrap();
+    uffd.unprotect_patiently(mapping.as_ptr().addr(), 8 * PAGE_SIZE)
+        .unwrap();
+    map(&client, &MapOptions::shared())
+        .populate(0..8 * PAGE_SIZE)
+        .unwrap();
+    (0..4).for_each(as_they_were);
+    (0..8).for_each(|page| store(&mapping, page * PAGE_SIZE, 1));
+    assert_eq!(mapping.private_pages(), 8, "a store went unnoticed");
+    fake.change(BYTES, true);
+    fake.tell(1);
+    fake.wait("acked", |s| s.seen.contains(&super::fake::Seen::Ack(1)));
+    for page in 0..8 {
+        assert_eq!(peek(bytes, page), stored(word(1, page as u64), 1));
+    }
+    assert_eq!(page_word(bytes, 8), word(2, 8));
+}
+
 #[test]
 fn local_private_copies_survive_a_rebase_and_the_rest_is_new() {
     let fake = Fake::start(BYTES);
