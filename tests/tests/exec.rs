@@ -299,7 +299,7 @@ fn local_a_program_runs_from_the_page_cache_by_a_mount_without_a_place() {
     let out = tree.at("out");
     // Its child outlives it, and runs on from the mount.
     let script = format!(
-        "(sleep 1; while [ -e {0} ]; do :; done; echo child >> {0}2) & echo \"$0\" > {0}; kill -9 $$",
+        "(sleep 1; while [ -e {0} ]; do echo > {0}3; done; echo child >> {0}2) & echo \"$0\" > {0}; kill -9 $$",
         out.display()
     );
     let text = Text::PageCache(mount.root());
@@ -311,6 +311,14 @@ fn local_a_program_runs_from_the_page_cache_by_a_mount_without_a_place() {
     let ended = running.wait(&signals, |_| None).unwrap();
     assert_eq!(ended.signal(), Some(libc::SIGKILL));
     assert_eq!(fs::read_to_string(&out).unwrap(), "bash\n");
+    // From its second round on it touches no page that was not touched yet.
+    let round = tree.at("out3");
+    for _ in 0..2 {
+        let _ = fs::remove_file(&round);
+        wait::until(Duration::from_secs(20), "the child's rounds", || {
+            round.exists()
+        });
+    }
     let first = running.resident().unwrap();
     let pages = first.pages.expect("this kernel tells");
     assert!(first.files >= 3, "{first:?}");

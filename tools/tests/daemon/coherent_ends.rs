@@ -163,6 +163,9 @@ fn local_coherent_nobody_writes_before_the_earlier_sessions_are_over() {
         start.elapsed() < Duration::from_millis(TERM_MS.into()),
         "reading waits for nobody"
     );
+    // So that its own lease goes on for longer than the others'.
+    std::thread::sleep(Duration::from_millis(u64::from(TERM_MS) / 2));
+    b.call(&Request::Renew);
     let fault = b.fault(0, 1, Access::ReadWrite);
     granted(&b.call(&fault));
     assert!(start.elapsed() >= Duration::from_millis(TERM_MS.into()));
