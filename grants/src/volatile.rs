@@ -5,6 +5,7 @@
 
 use std::marker::PhantomData;
 use std::ops::{Bound, RangeBounds};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A readable view of `len` bytes that others may write at any time.
 #[derive(Clone, Copy)]
@@ -261,6 +262,22 @@ impl<'a> VolatileBytesMut<'a> {
         };
         view.write_from(0, &value.to_le_bytes()) == 8
     }
+
+    /// Puts `new` in the place of `old` at `offset`, little-endian numbers of eight bytes, in one step that nobody
+    /// who does the same comes between. Gives what was there: `old` when it was done. `None`: these are not
+    /// eight aligned bytes of the view.
+    pub fn swap_if_u64(&self, offset: usize, old: u64, new: u64) -> Option<u64> {
+        let view = self.range(offset..offset.checked_add(8)?)?;
+        if view.start.align_offset(8) != 0 {
+            return None;
+        }
+        // SAFETY: eight bytes within the view, aligned; its maker answers for their being readable and
+        // writable, and what others write there at the same time is what the view is for.
+        let word = unsafe { AtomicU64::from_ptr(view.start.cast()) };
+        let done =
+            word.compare_exchange(old.to_le(), new.to_le(), Ordering::SeqCst, Ordering::SeqCst);
+        Some(u64::from_le(done.unwrap_or_else(|found| found)))
+    }
 }
 
 impl std::fmt::Debug for VolatileBytesMut<'_> {
@@ -360,5 +377,34 @@ mod tests {
         assert!(view.write_u64(3, 0x0102_0304_0506_0708) && view.write_u32(1, 9));
         assert_eq!(view.read_only().read_u64(3), Some(0x0102_0304_0506_0000));
         assert!(view.range(3..65).is_none() && view.range(63..).is_some());
+    }
+
+    #[test]
+    fn a_word_is_swapped_by_who_knows_it() {
+        let mut memory = [5u64, 0];
+        // SAFETY: the array is readable and writable while the view is used, and only the threads below use
+        // it meanwhile, through the view.
+        let view = unsafe { VolatileBytesMut::new(memory.as_mut_ptr().cast(), 16) };
+        assert_eq!(view.swap_if_u64(0, 4, 7), Some(5));
+        assert_eq!(view.swap_if_u64(0, 5, 7), Some(5));
+        assert_eq!(view.read_only().read_u64(0), Some(7));
+        for at in [1, 4, 9, 16, usize::MAX] {
+            assert_eq!(view.swap_if_u64(at, 0, 1), None);
+        }
+        let add = || {
+            for _ in 0..1000 {
+                let mut last = 0;
+                while let Some(found) = view.swap_if_u64(8, last, last + 1)
+                    && found != last
+                {
+                    last = found;
+                }
+            }
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(add);
+            scope.spawn(add);
+        });
+        assert_eq!(view.read_only().read_u64(8), Some(2000));
     }
 }

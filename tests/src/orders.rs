@@ -192,8 +192,10 @@ pub enum Order {
         export: String,
         /// Below it.
         path: String,
-        /// What, and where to write it down.
+        /// What.
         plan: Plan,
+        /// The file to write it down in.
+        log: String,
     },
     /// Unmap everything and keep the session.
     Unmap,

@@ -295,13 +295,12 @@ impl Raw {
 
     /// Opens a node.
     pub fn try_open(&mut self, node: Handle, how: OpenHow) -> Result<RawFile, i32> {
-        let mut came = self
-            .ask(&Request::Open {
-                node,
-                how,
-                write: false,
-            })
-            .expect("a reply");
+        self.opened(node, how, false)
+    }
+
+    fn opened(&mut self, node: Handle, how: OpenHow, write: bool) -> Result<RawFile, i32> {
+        let came = self.ask(&Request::Open { node, how, write });
+        let mut came = came.expect("a reply");
         let fd = came.fd.take();
         match came.reply() {
             Reply::Opened {
@@ -324,11 +323,21 @@ impl Raw {
 
     /// Attaches, looks `path`'s one name up, opens.
     pub fn open(&mut self, export: &str, name: &str, how: OpenHow) -> RawFile {
-        let root = self.attach(export);
-        let node = self
-            .lookup(root, name.as_bytes())
-            .expect("the file is there");
+        let node = self.node(export, name);
         self.try_open(node, how).expect("it can be opened")
+    }
+
+    /// As [`Self::open`], to map a file of a coherent export that it may write.
+    pub fn open_for_writing(&mut self, export: &str, name: &str) -> RawFile {
+        let node = self.node(export, name);
+        let opened = self.opened(node, OpenHow::Map, true);
+        opened.expect("it can be opened for writing")
+    }
+
+    fn node(&mut self, export: &str, name: &str) -> Handle {
+        let root = self.attach(export);
+        let node = self.lookup(root, name.as_bytes());
+        node.expect("the file is there")
     }
 
     /// Faults pages in; the pages granted (first, count), or the errno. Stale is ESTALE.

@@ -12,8 +12,6 @@
     reason = "a test fails by panicking"
 )]
 
-#[path = "histories/check.rs"]
-mod check;
 #[path = "histories/made_up.rs"]
 mod made_up;
 #[path = "histories/runs.rs"]

@@ -1,6 +1,6 @@
 //! A guest's log: one line before each thing it does, one after.
 
-use super::{Call, Op, Outcome};
+use super::{Call, Clock, Op, Outcome};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::{Result, Write};
@@ -15,44 +15,47 @@ enum Line {
     Anew(u64),
 }
 
-/// Being written. Every line is one call of the kernel, so that what is in it survives the process.
-pub struct Log(File);
+/// Being written. Every line is one write of what it is written to, which has to outlive the guest.
+pub struct Log<'a, W> {
+    to: W,
+    clock: &'a dyn Clock,
+}
 
-impl Log {
-    /// A new one.
-    pub fn create(path: &Path) -> Result<Self> {
-        File::options()
-            .append(true)
-            .create(true)
-            .open(path)
-            .map(Self)
+/// A file that lines are added to: each by one call of the kernel.
+pub fn log_file(path: &Path) -> Result<File> {
+    File::options().append(true).create(true).open(path)
+}
+
+impl<'a, W: Write> Log<'a, W> {
+    /// Empty; what is written down is stamped by `clock`.
+    pub const fn new(to: W, clock: &'a dyn Clock) -> Self {
+        Self { to, clock }
     }
 
     /// Before `call` is done.
-    pub fn begin(&mut self, at_ns: u64, call: Call) -> Result<()> {
-        self.line(&Line::Begin(at_ns, call))
+    pub fn begin(&mut self, call: Call) -> Result<()> {
+        self.line(&Line::Begin(self.clock.stamp_ns(), call))
     }
 
     /// After it.
-    pub fn end(&mut self, at_ns: u64, outcome: Outcome) -> Result<()> {
-        self.line(&Line::End(at_ns, outcome))
+    pub fn end(&mut self, outcome: Outcome) -> Result<()> {
+        self.line(&Line::End(self.clock.stamp_ns(), outcome))
     }
 
     /// The guest has found the daemon again.
-    pub fn anew(&mut self, at_ns: u64) -> Result<()> {
-        self.line(&Line::Anew(at_ns))
+    pub fn anew(&mut self) -> Result<()> {
+        self.line(&Line::Anew(self.clock.stamp_ns()))
     }
 
     fn line(&mut self, line: &Line) -> Result<()> {
         let mut text = serde_json::to_vec(line)?;
         text.push(b'\n');
-        self.0.write_all(&text)
+        self.to.write_all(&text)
     }
 }
 
 /// What a guest did, and when it found the daemon again. A last line that is cut short was not written.
-pub fn read_log(path: &Path, guest: u32) -> (Vec<Op>, Vec<u64>) {
-    let text = std::fs::read_to_string(path).expect("a guest's log");
+pub(super) fn parse(text: &str, guest: u32) -> (Vec<Op>, Vec<u64>) {
     let (mut ops, mut anew) = (Vec::<Op>::new(), Vec::new());
     for line in text.split_inclusive('\n').filter(|l| l.ends_with('\n')) {
         match serde_json::from_str(line).expect("a line of a guest's log") {

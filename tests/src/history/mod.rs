@@ -1,15 +1,20 @@
 //! What guests did to the words of a shared file, and when: made by the guests themselves, each in a log
 //! of its own that outlives its process.
 //!
-//! Times are of `CLOCK_MONOTONIC`, which is one for all processes of a machine.
+//! What a checker concludes, it concludes from what was over before something else began. So the times in a
+//! log have to say that truly: those of processes of one machine are of `CLOCK_MONOTONIC`, which is one for
+//! all of them; guests on a hypervisor, whose clocks differ, need another [`Clock`].
 
+pub mod check;
 mod log;
 mod record;
 mod shared;
+mod whole;
 
-pub use log::{Log, read_log};
+pub use log::{Log, log_file};
 pub use record::{Memory, Plan, record};
 pub use shared::SharedFile;
+pub use whole::History;
 
 use serde::{Deserialize, Serialize};
 
@@ -97,7 +102,29 @@ pub struct Op {
     pub end: Option<(u64, Outcome)>,
 }
 
-/// The time, in ns.
+/// What slots begin by, and what operations are stamped by.
+pub trait Clock {
+    /// The time, in ns: about the same for all.
+    fn now_ns(&self) -> u64;
+    /// Not less than any that was drawn before, by whomever. Two that one guest draws differ.
+    fn stamp_ns(&self) -> u64;
+}
+
+/// That of this machine's processes.
+#[derive(Clone, Copy, Debug)]
+pub struct OneMachine;
+
+impl Clock for OneMachine {
+    fn now_ns(&self) -> u64 {
+        now_ns()
+    }
+
+    fn stamp_ns(&self) -> u64 {
+        now_ns()
+    }
+}
+
+/// The time of this machine, in ns.
 pub fn now_ns() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     // A machine that has been up for 584 years begins anew.

@@ -3,7 +3,7 @@
 //! Words are used for a short time each (a *slot*), by all guests at once: what a checker has to look at
 //! for one word is short then, however long a run is.
 
-use super::{Call, Log, Outcome, now_ns};
+use super::{Call, Clock, Log, Outcome};
 use crate::watch::Draw;
 use serde::{Deserialize, Serialize};
 use std::sync::atomic::{Ordering, fence};
@@ -17,8 +17,6 @@ const WORDS: u64 = copage_grants::PAGE_SIZE_U64 / 8;
 pub struct Plan {
     /// Its number; no other process of the run has it.
     pub guest: u32,
-    /// Where its log is.
-    pub log: String,
     /// When the first slot begins, in ns: the same for all.
     pub start_ns: u64,
     /// How long a slot is, in ns.
@@ -61,9 +59,14 @@ pub trait Memory {
     fn reconnects(&self) -> u64;
 }
 
-/// Does what is planned and answers how many things that were.
-pub fn record(plan: &Plan, memory: &dyn Memory) -> std::io::Result<u64> {
-    let mut log = Log::create(plan.log.as_ref())?;
+/// Does what is planned, writes it down in `to`, and answers how many things that were.
+pub fn record(
+    plan: &Plan,
+    memory: &dyn Memory,
+    clock: &dyn Clock,
+    to: impl std::io::Write,
+) -> std::io::Result<u64> {
+    let mut log = Log::new(to, clock);
     let mut draw = Draw::new(u64::from(plan.guest) << 32 ^ plan.start_ns);
     let (mut done, mut reconnects) = (0, memory.reconnects());
     // Another guest's values differ in the upper half.
@@ -71,7 +74,7 @@ pub fn record(plan: &Plan, memory: &dyn Memory) -> std::io::Result<u64> {
     let mut in_slot = (0, 0);
     let mut is_long = plan.resize_permille > 0;
     loop {
-        let now = now_ns();
+        let now = clock.now_ns();
         let slot = now.saturating_sub(plan.start_ns) / plan.slot_ns.max(1);
         if slot >= plan.slots.min(WORDS) {
             return Ok(done);
@@ -89,9 +92,9 @@ pub fn record(plan: &Plan, memory: &dyn Memory) -> std::io::Result<u64> {
         std::thread::sleep(Duration::from_nanos(draw.below(pause_ns.max(1))));
         value += 1;
         let call = next_call(plan, &mut draw, (slot, value), is_long);
-        log.begin(now_ns(), call)?;
+        log.begin(call)?;
         let outcome = carry_out(call, memory);
-        log.end(now_ns(), outcome)?;
+        log.end(outcome)?;
         if let Call::Resize { pages } = call {
             is_long = pages > plan.pages && outcome == Outcome::Done;
         }
@@ -99,7 +102,7 @@ pub fn record(plan: &Plan, memory: &dyn Memory) -> std::io::Result<u64> {
         done += 1;
         if reconnects != memory.reconnects() {
             reconnects = memory.reconnects();
-            log.anew(now_ns())?;
+            log.anew()?;
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Histories that nobody made, to see that the checker accepts what is right and rejects what is not.
 
-use super::check::{Trouble, check};
+use copage_tests::history::check::{Trouble, check};
 use copage_tests::history::{Call, Op, Outcome};
 
 fn op(guest: u32, call: Call, (begin_ns, end_ns): (u64, u64), outcome: Outcome) -> Op {

@@ -1,13 +1,12 @@
 //! Real guests and a real daemon that make a history.
 
-use super::check::{Summary, Trouble, check};
 use copage_grants::PAGE_SIZE_U64;
 use copage_tests::daemon::{Daemon, Setup};
 use copage_tests::guest::Guest;
-use copage_tests::history::{Call, Op, Outcome, Plan, now_ns, read_log};
+use copage_tests::history::check::Summary;
+use copage_tests::history::{History, Plan, now_ns};
 use copage_tests::orders::{Answer, Order};
 use copage_tests::tree::Tree;
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -21,9 +20,7 @@ pub struct Run {
     guests: Vec<Recorder>,
     /// How many there have been.
     count: u32,
-    /// When the daemon was killed.
-    kills_ns: Vec<u64>,
-    fenced: Vec<Trouble>,
+    history: History,
 }
 
 struct Recorder {
@@ -57,8 +54,7 @@ impl Run {
             plan,
             guests: Vec::new(),
             count: 0,
-            kills_ns: Vec::new(),
-            fenced: Vec::new(),
+            history: History::default(),
         }
     }
 
@@ -68,7 +64,6 @@ impl Run {
         self.count += 1;
         let mut plan = Plan {
             guest: number,
-            log: self.log(number).to_str().expect("a plain path").into(),
             ..self.plan.clone()
         };
         change(&mut plan);
@@ -78,6 +73,7 @@ impl Run {
             export: "shared".into(),
             path: "file".into(),
             plan,
+            log: self.log(number).to_str().expect("a plain path").into(),
         });
         self.guests.push(Recorder { number, guest });
     }
@@ -109,8 +105,7 @@ impl Run {
     /// What the guest does from now on is not asked about.
     pub fn will_be_fenced(&mut self, which: usize) {
         let guest = self.guests[which].number;
-        let from_ns = now_ns();
-        self.fenced.push(Trouble::Fenced { guest, from_ns });
+        self.history.will_be_fenced(guest, now_ns());
     }
 
     /// SIGKILL, and another guest begins.
@@ -123,34 +118,9 @@ impl Run {
     /// SIGKILL of the daemon, and another begins.
     pub fn kill_daemon(&mut self) {
         // Not later than when it dies: what was done by then is what can be lost.
-        self.kills_ns.push(now_ns());
+        self.history.daemon_killed(now_ns());
         self.daemon.kill();
         self.daemon = Daemon::start(&self.tree, &self.setup);
-    }
-
-    /// What the file has when all is over and synced: every word, read on the host, where no guest and no
-    /// daemon is asked.
-    fn read_at_last(&self) -> Vec<Op> {
-        let mut last = Guest::connected(self.tree.root(), &self.daemon.socket(), "last");
-        let file = last.open_written("shared", "file");
-        last.sync(file);
-        drop(last);
-        let begin_ns = now_ns();
-        let bytes = std::fs::read(self.tree.at("other").join("file")).expect("the file");
-        let end_ns = now_ns();
-        let words = bytes.chunks_exact(8).zip(0..);
-        let read = words.filter_map(|(bytes, n)| {
-            let (page, word) = (n * 8 / PAGE_SIZE_U64, n % (PAGE_SIZE_U64 / 8));
-            let value = u64::from_le_bytes(bytes.try_into().ok()?);
-            // What is past the file's end now and then has too many changes of that for the checker.
-            (page < self.plan.pages && word < self.plan.slots).then_some(Op {
-                guest: self.count,
-                call: Call::Read { page, word },
-                begin_ns,
-                end: Some((end_ns, Outcome::Value(Some(value)))),
-            })
-        });
-        read.collect()
     }
 
     /// Waits for all guests, and checks what they did.
@@ -165,49 +135,25 @@ impl Run {
             }
         }
         assert!(
-            ended <= self.fenced.len(),
+            ended <= self.history.fenced(),
             "{ended} guests died of themselves"
         );
-        let read = self.read_at_last();
-        let (mut ops, mut troubles) = (Vec::<Op>::new(), self.fenced.clone());
+        let mut last = Guest::connected(self.tree.root(), &self.daemon.socket(), "last");
+        let file = last.open_written("shared", "file");
+        last.sync(file);
+        drop(last);
         for guest in 0..self.count {
-            let (of_guest, anew) = read_log(&self.log(guest), guest);
-            ops.extend(of_guest);
-            for &at_ns in &self.kills_ns {
-                let anew_ns = anew.iter().copied().find(|anew_ns| *anew_ns > at_ns);
-                troubles.push(Trouble::Killed {
-                    guest,
-                    at_ns,
-                    anew_ns: anew_ns.unwrap_or(u64::MAX),
-                });
-            }
+            let log = std::fs::read_to_string(self.log(guest)).expect("a guest's log");
+            self.history.add(guest, &log);
         }
-        ops.extend(read);
-        let summary =
-            check(&ops, &troubles, seen_is_kept).unwrap_or_else(|v| panic!("{what}: {v:?}"));
-        println!("history {what}: {} operations: {summary:?}", ops.len());
-        let mut failed = BTreeMap::<(&str, i32), usize>::new();
-        for op in &ops {
-            if let Some((_, Outcome::Failed(errno))) = op.end {
-                *failed.entry((op.call.name(), errno)).or_default() += 1;
-            }
-        }
-        if !failed.is_empty() {
-            println!("  failed, by errno: {failed:?}");
-        }
-        assert!(
-            failed.is_empty() || !troubles.is_empty(),
-            "something failed though nothing was wrong"
-        );
+        let begin_ns = now_ns();
+        let bytes = std::fs::read(self.tree.at("other").join("file")).expect("the file");
+        self.history
+            .at_last(&bytes, &self.plan, (begin_ns, now_ns()));
+        let judged = self.history.judge(seen_is_kept);
+        let (summary, told) = judged.unwrap_or_else(|why| panic!("{what}: {why}"));
+        println!("history {what}: {told}");
         self.daemon.audit_clean();
-        assert!(
-            summary.of_others > 20,
-            "the guests hardly met: there was nothing to check"
-        );
-        assert!(
-            summary.skipped * 10 < summary.words,
-            "too much of it could not be checked"
-        );
         summary
     }
 }
@@ -215,7 +161,6 @@ impl Run {
 /// What most runs do: two seconds of three guests on eight pages.
 pub const PLAN: Plan = Plan {
     guest: 0,
-    log: String::new(),
     start_ns: 0,
     slot_ns: 40_000_000,
     slots: 60,

@@ -23,6 +23,7 @@ mod numbers;
 mod output;
 mod pipe;
 mod programs;
+mod records;
 mod runner;
 mod store;
 

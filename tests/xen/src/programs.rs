@@ -2,6 +2,7 @@
 
 pub mod frames;
 pub mod granted;
+pub mod keeper;
 pub mod library;
 pub mod measure;
 pub mod mute;
@@ -35,7 +36,10 @@ pub const PROGRAMS: &[(&str, Program)] = &[
     ("hold", written::hold),
     ("put", written::put),
     ("get", written::get),
+    ("sync", written::sync),
+    ("record", written::record),
     ("writer", written::writer),
+    ("keeper", keeper::keeper),
 ];
 
 /// Prints its arguments: the shortest program there is, to see that programs run.

@@ -15,7 +15,7 @@ use copage_mmap::{
     Client, ConnectOptions, Export, File, MapOptions, Mapping, MmapError, UserfaultPolicy,
 };
 use copage_tests::attack;
-use copage_tests::history::{Plan, SharedFile, record};
+use copage_tests::history::{OneMachine, Plan, SharedFile, log_file, record};
 use copage_tests::orders::{Answer, Order, Watched};
 use copage_tests::watch::watch;
 use std::collections::HashMap;
@@ -268,7 +268,12 @@ impl Agent {
                 }
                 View::Pinned(..) => Ok(Answer::Lost { why: None }),
             },
-            Order::Record { export, path, plan } => self.record(&export, &path, &plan),
+            Order::Record {
+                export,
+                path,
+                plan,
+                log,
+            } => self.record(&export, &path, &plan, &log),
             Order::Unmap => {
                 self.views.clear();
                 Ok(Answer::Done)
@@ -336,12 +341,13 @@ impl Agent {
         Ok(self.exports[export].open(path, how)?)
     }
 
-    fn record(&mut self, export: &str, path: &str, plan: &Plan) -> Result<Answer> {
+    fn record(&mut self, export: &str, path: &str, plan: &Plan, log: &str) -> Result<Answer> {
         let client = self.client.as_ref().context("not connected")?;
         let node = client.attach(export)?.resolve(path)?;
         let file = node.open_for_writing(OpenHow::Map)?;
         let mapping = file.map(&MapOptions::written())?;
-        let ops = record(plan, &SharedFile::new(file, mapping))?;
+        let log = log_file(log.as_ref())?;
+        let ops = record(plan, &SharedFile::new(file, mapping), &OneMachine, log)?;
         Ok(Answer::Recorded { ops })
     }
 

@@ -3,103 +3,33 @@
 //! Cannot show what happens on several processors, nor how fast it is on hardware; what a loss of power does
 //! to a disk is the disk's.
 
-use crate::daemon::Daemon;
-use crate::guest::{Background, Guest, Kind, Setup};
+use super::stage::{LIMIT, Stage, said, says, why_ended};
+use crate::guest::{Background, Kind, Setup};
 use crate::lab::Lab;
 use crate::numbers::Numbers;
 use anyhow::{Context, Result, ensure};
 use copage_grants::PAGE_SIZE;
 use copage_tests::acked::missing;
-use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
 use std::time::Duration;
 
 const PAGES: u64 = 16;
 const HOPS: u64 = 240;
-/// Session lease and deadline of an invalidate, in ms: emulated guests get no processor for seconds at times.
+/// How long a guest may take to let go, in ms: emulated guests get no processor for seconds at times.
 const TERM_MS: u64 = 10_000;
-const LIMIT: Duration = Duration::from_secs(360);
+/// The sessions' lease, in ms: longer, because it is not what ends here.
+const LEASE_MS: u64 = 20_000;
 const SOON: Duration = Duration::from_secs(90);
 
-struct Stage<'a> {
-    share: PathBuf,
-    guests: Vec<Guest<'a>>,
-    daemon: Daemon<'a>,
-}
-
-impl<'a> Stage<'a> {
-    fn new(lab: &'a Lab, setups: &[Setup]) -> Result<Self> {
-        let share = lab.work().join("share");
-        std::fs::create_dir(&share)?;
-        std::fs::write(share.join("file"), vec![0; PAGES as usize * PAGE_SIZE])?;
-        let guests: Vec<Guest<'_>> = setups
-            .iter()
-            .map(|setup| Guest::create(lab, setup))
-            .collect::<Result<_>>()?;
-        let mut configuration = format!(
-            "backend = \"xen\"\nframes_mib = 8\nxen.cache_domain_mib = 64\n\
-             lease_ttl_ms = {TERM_MS}\ninvalidate_deadline_ms = {TERM_MS}\n\
-             [[export]]\nname = \"share\"\npath = {share:?}\nmode = \"coherent\"\n"
-        );
-        for guest in &guests {
-            let name = guest.name();
-            configuration += &format!("[[guest]]\nname = {name:?}\ndomain = {name:?}\n");
-        }
-        let daemon = Daemon::start(lab, &configuration)?;
-        for guest in &guests {
-            guest.ready()?;
-        }
-        Ok(Self {
-            share,
-            guests,
-            daemon,
-        })
-    }
-
-    fn guest(&self, number: usize) -> Result<&Guest<'a>> {
-        self.guests.get(number).context("a guest")
-    }
-
-    fn spawn(&self, number: usize, words: &str) -> Result<Background<'_, 'a>> {
-        self.guest(number)?
-            .spawn(&format!("copage-xen-lab do {words}"))
-    }
-
-    fn run(&self, number: usize, words: &str) -> Result<String> {
-        Ok(self.spawn(number, words)?.wait(LIMIT)?.text()?.to_owned())
-    }
-
-    /// The first word of a page in the host's file.
-    fn on_disk(&self, page: u64) -> Result<u64> {
-        let mut word = [0; 8];
-        let file = std::fs::File::open(self.share.join("file"))?;
-        file.read_exact_at(&mut word, page * PAGE_SIZE as u64)?;
-        Ok(u64::from_le_bytes(word))
-    }
-
-    fn audited(&self) -> Result<()> {
-        let audit = self.daemon.json("audit")?;
-        ensure!(audit["ok"] == true, "{audit}");
-        Ok(())
-    }
-}
-
-fn says(lab: &Lab, job: &Background<'_, '_>, words: &str, limit: Duration) -> Result<()> {
-    lab.wait(words, limit, || {
-        let said = job.said()?;
-        ensure!(!said.contains("WRONG"), "{said}");
-        if !said.contains(words) && job.poll()?.is_some() {
-            anyhow::bail!("it ended: {:?}", job.wait(Duration::from_secs(1))?);
-        }
-        Ok(said.contains(words).then_some(()))
-    })
+fn stage<'a>(lab: &'a Lab, setups: &[Setup]) -> Result<Stage<'a>> {
+    let terms = format!("lease_ttl_ms = {LEASE_MS}\ninvalidate_deadline_ms = {TERM_MS}\n");
+    Stage::new(lab, setups, PAGES, &terms, &[])
 }
 
 /// Three guests, a token that goes round, a guest that is destroyed and one that is paused with pages that it
 /// writes.
 pub fn coherent(lab: &Lab) -> Result<String> {
     let newest = lab.series()?.last().context("no guest kernels")?.clone();
-    let stage = Stage::new(
+    let stage = stage(
         lab,
         &[
             Setup::new(Kind::Pvh, "writes-pvh", 160),
@@ -115,11 +45,11 @@ pub fn coherent(lab: &Lab) -> Result<String> {
         .collect::<Result<Vec<_>>>()?;
     let mut seen = Vec::new();
     for job in &jobs {
-        let output = job.wait(LIMIT)?;
-        let said = output.text()?.trim().to_owned();
+        let said = said(job, LIMIT)?;
+        let said = said.trim();
         seen.push(
             said.strip_prefix("done: ")
-                .context(said.clone())?
+                .with_context(|| said.to_owned())?
                 .to_owned(),
         );
     }
@@ -165,12 +95,8 @@ fn ends(lab: &Lab, mut stage: Stage<'_>) -> Result<(String, String)> {
         "the host's file: {}",
         stage.on_disk(6)?
     );
-    let stats = stage.daemon.json("stats")?;
-    let rests = stats["frames_quarantined"].as_u64().unwrap_or(0);
-    ensure!(
-        rests > 0,
-        "what it has mapped is not in quarantine: {stats}"
-    );
+    let rests = stage.quarantined()?;
+    ensure!(rests > 0, "what it has mapped is not in quarantine");
     // One term, the drift, and what an emulated machine takes for the rest.
     ensure!(waited_ms < 2 * TERM_MS, "the writer waited {waited_ms} ms");
     stage.audited()?;
@@ -182,7 +108,7 @@ fn ends(lab: &Lab, mut stage: Stage<'_>) -> Result<(String, String)> {
     );
     drop(holder);
     lab.wait("the quarantine to drain", SOON, || {
-        Ok((stage.daemon.json("stats")?["frames_quarantined"] == 0).then_some(()))
+        Ok((stage.quarantined()? == 0).then_some(()))
     })?;
     let found = stage.run(0, "get share file 6")?;
     ensure!(
@@ -212,7 +138,7 @@ pub fn hundred_kills(lab: &Lab) -> Result<String> {
 }
 
 fn many(lab: &Lab, kills: u32) -> Result<String> {
-    let mut stage = Stage::new(
+    let mut stage = stage(
         lab,
         &[
             Setup::new(Kind::Pvh, "acked-pvh", 160),
@@ -239,11 +165,8 @@ fn many(lab: &Lab, kills: u32) -> Result<String> {
             let wanted = acked.map(|n| n + 20);
             for (job, (n, wanted)) in jobs.iter().zip(acked.iter_mut().zip(wanted)) {
                 *n = lab.wait("stores to be acknowledged", SOON, || {
-                    if let Some(ended) = job.poll()? {
-                        anyhow::bail!(
-                            "a writer ended ({ended:?}): {:?}",
-                            job.wait(Duration::from_secs(1))?
-                        );
+                    if job.poll()?.is_some() {
+                        return Err(why_ended(job));
                     }
                     Ok(last_acked(job)?.filter(|n| *n >= wanted))
                 })?;

@@ -10,7 +10,9 @@ mod coherent;
 mod demo;
 pub mod exec;
 pub mod frames;
+mod histories;
 mod hostile_guest;
+mod hostile_writer;
 mod identity;
 mod kills;
 mod library;
@@ -21,6 +23,7 @@ mod measure;
 mod memory;
 mod never_acks;
 mod random;
+mod stage;
 mod writable;
 
 use crate::lab::Lab;
@@ -186,6 +189,30 @@ pub const CHECKS: &[Check] = &[
         coherent::hundred_kills,
     )),
     check(
+        "histories",
+        180,
+        "what three guests see of one file that they write: a checker accepts it as that of one file",
+        histories::histories,
+    ),
+    check(
+        "histories-room",
+        400,
+        "the same while the file gets shorter and longer, and the budget is cut",
+        histories::room,
+    ),
+    check(
+        "histories-ends",
+        600,
+        "the same while guests are paused, too long or not, and destroyed",
+        histories::ends,
+    ),
+    check(
+        "histories-kills",
+        400,
+        "the same while the daemon is killed",
+        histories::kills,
+    ),
+    check(
         "budget",
         900,
         "cache domains made, drained, ended and found again as the budget moves",
@@ -244,6 +271,12 @@ pub const CHECKS: &[Check] = &[
         400,
         "hostile programs with the grant driver, in PVH and PV, beside a guest that reads",
         hostile_guest::hostile,
+    ),
+    check(
+        "hostile-writer",
+        600,
+        "guests that say they let go of a page and go on writing it, or say nothing; others' entries for writing",
+        hostile_writer::hostile,
     ),
     check(
         "never-acks",

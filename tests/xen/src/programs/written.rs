@@ -1,10 +1,12 @@
 //! Guests that write a shared file.
 
+use crate::records::{self, LogPages, SharedClock};
 use anyhow::{Context, Result, bail, ensure};
 use copage_grants::PAGE_SIZE;
 use copage_mmap::{
     Client, ConnectOptions, DaemonAt, File, MapOptions, Mapping, MmapError, OpenHow,
 };
+use copage_tests::history::SharedFile;
 use std::io::Write as _;
 use std::time::{Duration, Instant};
 
@@ -145,17 +147,47 @@ pub fn put(arguments: &[&str]) -> Result<()> {
     say("synced")
 }
 
-/// `get EXPORT FILE PAGE`: the first word of a page, through a mapping that cannot write.
+/// `get EXPORT FILE PAGE [WORD]`: a word of a page, the first, through a mapping that cannot write.
 pub fn get(arguments: &[&str]) -> Result<()> {
-    let [export, file, page] = arguments else {
-        bail!("get EXPORT FILE PAGE");
+    let [export, file, page, word @ ..] = arguments else {
+        bail!("get EXPORT FILE PAGE [WORD]");
     };
+    let word = word.first().map_or(Ok(0), |word| word.parse())?;
     let all = Written::new(export, file, false)?;
     ensure!(
         all.mapping.as_volatile_mut().is_none(),
         "WRONG: a mapping to read can be written"
     );
-    say(&format!("word {}", all.load(page.parse()?, 0)?))
+    say(&format!("word {}", all.load(page.parse()?, word)?))
+}
+
+/// `sync EXPORT FILE`: what anybody stored is in the host's file.
+pub fn sync(arguments: &[&str]) -> Result<()> {
+    let [export, file] = arguments else {
+        bail!("sync EXPORT FILE");
+    };
+    Ok(Written::new(export, file, true)?.file.sync()?)
+}
+
+/// `record EXPORT FILE GRANTER REF,REF… PLAN`: does things at random to the file and writes them down in pages that
+/// outlive the guest (`records.rs`).
+pub fn record(arguments: &[&str]) -> Result<()> {
+    let [export, file, granter, refs, plan] = arguments else {
+        bail!("record EXPORT FILE GRANTER REF,REF… PLAN");
+    };
+    let pages = records::map(&format!("{granter} {refs}"))?;
+    let pages = pages.bytes_mut().context("not writable")?;
+    let part = |range| pages.range(range).context("fewer pages");
+    let clock = SharedClock(part(0..PAGE_SIZE)?);
+    let log = LogPages::new(part(PAGE_SIZE..pages.len())?);
+    let Written {
+        file,
+        mapping,
+        _client,
+    } = Written::new(export, file, true)?;
+    let memory = SharedFile::new(file, mapping);
+    let done = copage_tests::history::record(&serde_json::from_str(plan)?, &memory, &clock, log)?;
+    say(&format!("recorded {done}"))
 }
 
 /// `writer EXPORT FILE`: stores 1, 2, 3, … to the pages in turn, each synced before the next, for ever, over

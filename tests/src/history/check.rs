@@ -4,7 +4,7 @@
 //! Each word of the file is a register of its own: a history is linearizable if and only if that of every
 //! register is.
 
-use copage_tests::history::{Call, Op, Outcome};
+use super::{Call, Op, Outcome};
 use stateright::semantics::{ConsistencyTester, LinearizabilityTester, SequentialSpec};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -20,19 +20,29 @@ pub enum Trouble {
     /// The daemon was killed. What a guest stored before it found the next daemon, at `anew_ns`, may be
     /// lost unless it was synced before the daemon died, and the guest may have read it meanwhile.
     Killed {
+        /// Whose stores.
         guest: u32,
+        /// When the daemon died, or before.
         at_ns: u64,
+        /// When the guest had found the next.
         anew_ns: u64,
     },
     /// A guest was stopped for so long that it was fenced: from `from_ns` on, what it stores is lost
     /// or not, and what it reads may be old.
-    Fenced { guest: u32, from_ns: u64 },
+    Fenced {
+        /// Which.
+        guest: u32,
+        /// See above.
+        from_ns: u64,
+    },
 }
 
 /// What a history is like, so that a test can see that there was something to check.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Summary {
+    /// Words that anybody used.
     pub words: usize,
+    /// Operations on them.
     pub ops: usize,
     /// Reads of what another guest stored.
     pub of_others: usize,
@@ -46,7 +56,9 @@ pub struct Summary {
 
 /// What no file would have shown.
 pub struct Violation {
+    /// Page and word.
     pub place: (u64, u64),
+    /// What was done to it.
     pub ops: Vec<Op>,
 }
 
