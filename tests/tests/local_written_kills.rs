@@ -69,11 +69,38 @@ fn name(how: u64) -> String {
     format!("f{how}")
 }
 
+/// A guest with the file open and mapped. `None`: the daemon was killed just now, before it had a session.
+fn begin(root: &Path, socket: &Path, how: u64) -> Option<(Guest, usize, usize)> {
+    let mut guest = Guest::named(root, &format!("w{how}"));
+    let connect = guest.connect_order(socket, "best");
+    let Answer::Connected { .. } = guest.try_ask(&connect)? else {
+        return None;
+    };
+    let open = Order::Open {
+        export: "export".into(),
+        path: name(how),
+        map: true,
+        write: true,
+    };
+    let Answer::Opened { file, .. } = guest.try_ask(&open)? else {
+        return None;
+    };
+    let map = Order::MapFile {
+        file,
+        writable: true,
+        len: 0,
+    };
+    match guest.try_ask(&map)? {
+        Answer::Mapped { mapping, .. } => Some((guest, file, mapping)),
+        _ => None,
+    }
+}
+
 /// Stores 1, 2, 3, … and counts those that were acknowledged.
 fn write_on(root: &Path, socket: &Path, how: u64, acked: &AtomicU64, stop: &AtomicBool) {
-    let mut guest = Guest::connected(root, socket, &format!("w{how}"));
-    let file = guest.open_written("export", &name(how));
-    let mapping = guest.map_file(file, true);
+    let Some((mut guest, file, mapping)) = begin(root, socket, how) else {
+        return std::thread::sleep(Duration::from_millis(10));
+    };
     while !stop.load(Ordering::SeqCst) {
         let n = acked.load(Ordering::SeqCst) + 1;
         let offset = n % PAGES * PAGE;
