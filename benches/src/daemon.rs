@@ -28,6 +28,8 @@ pub struct DaemonOptions {
     pub mode: Mode,
     /// Take pages back without asking.
     pub force: bool,
+    /// Pages that go to and fro between writers are shared by them.
+    pub share_bounced: bool,
 }
 
 /// What guests may do with the export.
@@ -47,6 +49,15 @@ impl DaemonOptions {
             huge,
             mode: Mode::Ro,
             force: true,
+            share_bounced: false,
+        }
+    }
+
+    /// An export that guests write.
+    pub fn coherent() -> Self {
+        Self {
+            mode: Mode::Coherent,
+            ..Self::ro(64, false)
         }
     }
 }
@@ -153,21 +164,19 @@ fn config_text(dir: &Path, options: DaemonOptions) -> String {
         Mode::Coherent => "coherent",
     };
     format!(
-        "frames_mib = {}\nhuge = {}\nforce = {}\n\
+        "frames_mib = {}\nhuge = {}\nforce = {}\nshare_bounced = {}\n\
          [limits]\ngrants_max = 4000000\npinned_mib = {}\n\
          [[export]]\nname = \"{EXPORT}\"\npath = {path}\nmode = \"{mode}\"\nallow = [\"*\"]\n",
-        options.frames_mib, options.huge, options.force, options.frames_mib,
+        options.frames_mib, options.huge, options.force, options.share_bounced, options.frames_mib,
     )
 }
 
 /// The same to be written.
-pub fn map_writable(client: &Client, name: &str) -> Result<Mapping> {
+pub fn map_writable(client: &Client, name: &str) -> Result<(File, Mapping)> {
     let node = client.attach(EXPORT)?.root().lookup(name.as_bytes())?;
     let file = node.open_for_writing(OpenHow::Map)?;
-    Ok(file.map(&MapOptions {
-        writable: true,
-        ..MapOptions::shared()
-    })?)
+    let mapping = file.map(&MapOptions::written())?;
+    Ok((file, mapping))
 }
 
 /// Opens and maps `name` of the export in a session.

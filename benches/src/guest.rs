@@ -7,8 +7,9 @@ use crate::process::Faults;
 use crate::reader;
 use crate::role::{self, Role};
 use anyhow::{Context, Result, bail, ensure};
+use copage_grants::PAGE_SIZE;
 use copage_mmap::native::NativeMapping;
-use copage_mmap::{Client, ConnectOptions, Mapping};
+use copage_mmap::{Client, ConnectOptions, File, Mapping};
 use serde::{Deserialize, Serialize};
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Write};
@@ -44,13 +45,20 @@ pub enum Order {
         /// Where it is.
         path: PathBuf,
     },
-    /// Stores to the first word of each page, and times each: see [`stored_sum`].
+    /// Stores to the first word of each page from the last to the first, and times each: see [`stored_sum`].
     StoreEach {
         /// What, together with the page's number.
         value: u64,
     },
-    /// Reads the first word of each page, and times each.
+    /// Reads the first word of each page from the last to the first, and times each.
     TouchEach,
+    /// Stores to the first word of each of the first pages, then syncs the file, which is timed.
+    StoreAndSync {
+        /// What, together with the page's number.
+        value: u64,
+        /// How many pages.
+        pages: u64,
+    },
     /// Stores to one word again and again.
     StoreLoop {
         /// Where, in bytes.
@@ -86,6 +94,8 @@ pub struct Answer {
     pub sum: u64,
     /// Faults of the working thread.
     pub faults: (u64, u64),
+    /// How long the sync alone took.
+    pub seconds_of_sync: f64,
     /// For each timed touch, in ns.
     pub latencies_ns: Vec<u64>,
     /// Why it failed.
@@ -189,6 +199,13 @@ pub fn stored_sum(value: u64, pages: u64) -> u64 {
     (0..pages).fold(0, |sum, page| sum.wrapping_add(stored(value, page)))
 }
 
+/// Have the first pages of a file what `StoreEach` stores?
+pub fn is_stored(bytes: &[u8], value: u64, pages: u64) -> bool {
+    let mut all = (0..pages).zip(bytes.chunks(PAGE_SIZE));
+    let words = bytes.len() as u64 >= pages * PAGE_SIZE as u64;
+    words && all.all(|(page, bytes)| bytes.starts_with(&stored(value, page).to_le_bytes()))
+}
+
 enum Mapped {
     Shared(Mapping),
     Native(NativeMapping),
@@ -207,6 +224,7 @@ impl Mapped {
 struct State {
     // Dropped in this order: what is mapped, then the session.
     mapped: Option<Mapped>,
+    file: Option<File>,
     client: Option<Client>,
 }
 
@@ -246,7 +264,9 @@ impl State {
             },
             Order::MapWritable { name } => {
                 let client = self.client.as_ref().context("no session")?;
-                self.mapped = Some(Mapped::Shared(daemon::map_writable(client, &name)?));
+                let (file, mapping) = daemon::map_writable(client, &name)?;
+                self.mapped = Some(Mapped::Shared(mapping));
+                self.file = Some(file);
             }
             Order::MapNativeWritable { path } => {
                 let file = std::fs::File::options().read(true).write(true).open(path)?;
@@ -254,9 +274,9 @@ impl State {
             }
             Order::StoreEach { value } => {
                 let bytes = self.bytes_mut()?;
-                for page in 0..bytes.len().div_ceil(copage_grants::PAGE_SIZE) {
+                for page in (0..bytes.len().div_ceil(PAGE_SIZE)).rev() {
                     let begin = Instant::now();
-                    let at = page * copage_grants::PAGE_SIZE;
+                    let at = page * PAGE_SIZE;
                     let fits = bytes.write_u64(at, stored(value, page as u64));
                     answer.latencies_ns.push(begin.elapsed().as_nanos() as u64);
                     ensure!(fits, "no word at {at}");
@@ -264,12 +284,23 @@ impl State {
             }
             Order::TouchEach => {
                 let bytes = self.bytes()?;
-                for page in 0..bytes.len().div_ceil(copage_grants::PAGE_SIZE) {
+                for page in (0..bytes.len().div_ceil(PAGE_SIZE)).rev() {
                     let begin = Instant::now();
                     let word = reader::touch(bytes, [page as u64]);
                     answer.latencies_ns.push(begin.elapsed().as_nanos() as u64);
                     answer.sum = answer.sum.wrapping_add(word);
                 }
+            }
+            Order::StoreAndSync { value, pages } => {
+                let bytes = self.bytes_mut()?;
+                for page in 0..pages {
+                    let at = page as usize * PAGE_SIZE;
+                    ensure!(bytes.write_u64(at, stored(value, page)), "no word at {at}");
+                }
+                let file = self.file.as_ref().context("nothing is open")?;
+                let begin = Instant::now();
+                file.sync()?;
+                answer.seconds_of_sync = begin.elapsed().as_secs_f64();
             }
             Order::StoreLoop { offset, stores } => {
                 let bytes = self.bytes_mut()?;
@@ -279,7 +310,7 @@ impl State {
             Order::Sum => answer.sum = reader::sum_all(self.bytes()?),
             Order::Touch => {
                 let bytes = self.bytes()?;
-                let pages = (bytes.len() / copage_grants::PAGE_SIZE) as u64;
+                let pages = (bytes.len() / PAGE_SIZE) as u64;
                 answer.sum = reader::touch(bytes, 0..pages);
             }
             Order::Latency {
@@ -289,7 +320,7 @@ impl State {
                 parts,
             } => {
                 let bytes = self.bytes()?;
-                let pages = (bytes.len() / copage_grants::PAGE_SIZE) as u64;
+                let pages = (bytes.len() / PAGE_SIZE) as u64;
                 let own = Random::new(seed ^ part).permutation(pages / parts);
                 for page in own
                     .into_iter()

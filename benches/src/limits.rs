@@ -61,7 +61,7 @@ impl Sizes {
                 working_set_mib: 64,
                 working_set_accesses: 1500,
                 unshare_pages: 16,
-                together_stores: 100_000,
+                together_stores: 5_000_000,
                 idle_ms: 3000,
             }
         } else {
@@ -80,7 +80,7 @@ impl Sizes {
                 working_set_mib: 64,
                 working_set_accesses: 12_000,
                 unshare_pages: 200,
-                together_stores: 10_000_000,
+                together_stores: 50_000_000,
                 idle_ms: 9000,
             }
         }

@@ -115,6 +115,20 @@ pub fn cpu_ticks(pid: u32) -> Result<u64> {
         .sum())
 }
 
+/// CPU time of all threads of `pid` so far, in seconds, as the scheduler counts it.
+pub fn cpu_seconds(pid: u32) -> Result<f64> {
+    let mut sum = 0;
+    for task in fs::read_dir(format!("/proc/{pid}/task"))? {
+        let stat = read(task?.path().join("schedstat"))?;
+        let ran = stat
+            .split_whitespace()
+            .next()
+            .and_then(|ns| ns.parse().ok());
+        sum += ran.unwrap_or(0_u64);
+    }
+    Ok(sum as f64 * 1e-9)
+}
+
 fn kib(text: &str, name: &str) -> u64 {
     let line = text.lines().find_map(|line| line.strip_prefix(name));
     line.and_then(|rest| rest.split_whitespace().next()?.parse().ok())

@@ -1,28 +1,24 @@
-//! Files that guests write: what it costs to take a page from its readers, to get it back, and to
-//! write one page from two processes.
+//! Files that guests write: what it costs to take a page from its readers, to get one for writing, to read what
+//! another has just stored.
+//!
+//! Pages are touched from the last to the first, so that each is a fault of its own: whoever goes forward gets
+//! several at a time.
 
 use crate::broadcast::Broadcast;
-use crate::daemon::{Daemon, DaemonOptions, Mode};
+use crate::daemon::{Daemon, DaemonOptions};
 use crate::files::TestFile;
 use crate::guest::{self, Guest, Order};
-use crate::limits::PAGES_PER_MIB;
-use crate::pattern::LINE_BYTES;
 use crate::reader;
 use crate::setting::Setting;
 use crate::stats::Samples;
 use crate::table::{Row, Unit};
-use anyhow::Result;
-use std::path::Path;
+use crate::{sync, together};
+use anyhow::{Result, ensure};
 
-const NAME: &str = "write";
+/// What all rows of files that are written stand under.
+pub const NAME: &str = "write";
 /// How many guests read a page that another takes.
 const READERS: [usize; 4] = [1, 4, 16, 64];
-/// Where a plain shared page is.
-const IN_MEMORY: &str = "/dev/shm";
-
-fn plain_name() -> String {
-    format!("copage-bench-{}", std::process::id())
-}
 
 /// Runs the bench.
 pub fn run(setting: &Setting, rows: &mut Vec<Row>) -> Result<()> {
@@ -30,60 +26,70 @@ pub fn run(setting: &Setting, rows: &mut Vec<Row>) -> Result<()> {
         unshare(setting, force, rows)?;
     }
     faults(setting, rows)?;
-    together(setting, rows)
+    together::run(setting, rows)?;
+    sync::run(setting, rows)
 }
 
-fn options(mode: Mode, force: bool) -> DaemonOptions {
-    DaemonOptions {
-        frames_mib: 64,
-        huge: false,
-        mode,
-        force,
-    }
-}
-
-/// Guests of a daemon with a small coherent file, each with the file mapped as `order` says.
-fn mapped(daemon: &Daemon, count: usize, order: &Order) -> Result<Vec<Guest>> {
+/// Guests of a daemon, each with a file mapped as `order` says.
+pub fn mapped(daemon: &Daemon, count: usize, order: &Order) -> Result<Vec<Guest>> {
     let mut guests = Guest::spawn_connected(count, &daemon.socket())?;
     guest::order_all(&mut guests, order)?;
     Ok(guests)
 }
 
-/// One store takes a page from so many readers; beside it one message to each and one back.
+/// From nanoseconds.
+pub fn samples<'a>(ns: impl IntoIterator<Item = &'a u64>) -> Samples {
+    let mut all = Samples::default();
+    all.extend(ns.into_iter().map(|ns| *ns as f64 * 1e-9));
+    all
+}
+
+/// One store takes a page from so many readers; beside it, one message to each, which lets go, and one back.
 fn unshare(setting: &Setting, force: bool, rows: &mut Vec<Row>) -> Result<()> {
     let (dir_name, how) = if force {
-        ("unshare-force", "taken by force")
+        ("unshare-force", "by force")
     } else {
         ("unshare-asked", "each asked, as on Xen")
     };
     let dir = setting.subdir(dir_name)?;
     let pages = setting.sizes.unshare_pages;
-    let daemon = Daemon::start(setting, &dir, options(Mode::Coherent, force))?;
+    let mut options = DaemonOptions::coherent();
+    options.force = force;
+    let daemon = Daemon::start(setting, &dir, options)?;
     for count in READERS {
         let file = TestFile::make(&dir, &format!("file-{count}"), pages, 61)?;
         let name = file.name().to_owned();
         let mut readers = mapped(&daemon, count, &Order::Map { name: name.clone() })?;
         let mut writer = mapped(&daemon, 1, &Order::MapWritable { name })?;
+        // Each is granted each page; what is only touched may be there without the daemon's knowing.
+        guest::order_all(&mut readers, &Order::Populate)?;
         let before = reader::expected_touch(file.seed, 0..pages);
         for answer in guest::order_all(&mut readers, &Order::Touch)? {
             reader::check("readers before the store", answer.sum, before)?;
         }
-        let answers = guest::order_all(&mut writer, &Order::StoreEach { value: 1 })?;
+        let earlier = daemon.stats()?.strict;
+        let stored = writer[0].order(&Order::StoreEach { value: 1 })?;
+        let counted = daemon.stats()?.strict;
         let after = guest::stored_sum(1, pages);
         for answer in guest::order_all(&mut readers, &Order::Touch)? {
             reader::check("readers after the store", answer.sum, after)?;
         }
         drop((readers, writer));
-        let ours = samples(answers.iter().flat_map(|a| &a.latencies_ns));
-        let bare = samples(Broadcast::start(count)?.rounds(pages)?.iter());
         let row = Row::new(
             NAME,
             format!("a store takes a page from {count} reader(s), {how}"),
             Unit::Seconds,
-        );
-        let row = row
-            .copage(&ours)
-            .against("a message to each of them and one back", &bare);
+        )
+        .copage(&samples(&stored.latencies_ns))
+        .against(
+            "a message to each, madvise there, one back",
+            &samples(&Broadcast::start(count, pages)?.let_go()?),
+        )
+        .note(format!(
+            "{} pages granted for writing, {} asked for",
+            counted.granted_write - earlier.granted_write,
+            counted.recalls - earlier.recalls,
+        ));
         rows.push(if count == 64 {
             row.ratio_at_most(2.0)
         } else {
@@ -93,79 +99,73 @@ fn unshare(setting: &Setting, force: bool, rows: &mut Vec<Row>) -> Result<()> {
     Ok(())
 }
 
-fn samples<'a>(ns: impl Iterator<Item = &'a u64>) -> Samples {
-    let mut all = Samples::default();
-    all.extend(ns.map(|ns| *ns as f64 * 1e-9));
-    all
+/// The p50 and the p99 of some latencies, each beside the same of another's.
+fn percentiles(rows: &mut Vec<Row>, what: &str, ns: &[u64], name: &str, others: &Samples) {
+    let all = samples(ns);
+    for (share, percentile) in [(0.5, "p50"), (0.99, "p99")] {
+        let row = Row::new(NAME, format!("{what}, {percentile}"), Unit::Seconds);
+        rows.push(match (all.percentile(share), others.percentile(share)) {
+            (Some(value), Some(other)) => row.value(value).against_value(name, other),
+            _ => row.note("not here: nothing was timed"),
+        });
+    }
 }
 
-/// A page that nobody has becomes writable; another guest reads it back.
+/// What a page costs that is not the guest's yet, by who has it.
 fn faults(setting: &Setting, rows: &mut Vec<Row>) -> Result<()> {
     let dir = setting.subdir("write-faults")?;
     let pages = setting.sizes.unshare_pages * 8;
+    let native = native_faults(pages)?;
+    let socket = samples(&Broadcast::start(1, 1)?.rounds(pages)?);
+    let (fault, trip) = (
+        "a minor fault of a native shared mapping",
+        "a bare round trip over a socket",
+    );
+
     let file = TestFile::make(&dir, "file", pages, 62)?;
-    let daemon = Daemon::start(setting, &dir, options(Mode::Coherent, true))?;
+    let daemon = Daemon::start(setting, &dir, DaemonOptions::coherent())?;
     let name = file.name().to_owned();
-    let mut reader = mapped(&daemon, 1, &Order::Map { name: name.clone() })?;
-    let mut writer = mapped(&daemon, 1, &Order::MapWritable { name })?;
-    let mut timed = |what: &str, guest: &mut Guest, order: &Order| -> Result<()> {
-        let answer = guest.order(order)?;
-        let all = samples(answer.latencies_ns.iter());
-        for (share, name) in [(0.5, "p50"), (0.99, "p99")] {
-            let row = Row::new(NAME, format!("{what}, {name}"), Unit::Seconds);
-            rows.push(match all.percentile(share) {
-                Some(value) => row.value(value),
-                None => row.note("not here: nothing was timed"),
-            });
-        }
-        Ok(())
-    };
-    let store = |value| Order::StoreEach { value };
-    timed("a store to a page on the disk", &mut writer[0], &store(3))?;
-    let what = "a read of a page that another just wrote";
-    timed(what, &mut reader[0], &Order::TouchEach)?;
-    let what = "a store to a page that another reads";
-    timed(what, &mut writer[0], &store(4))?;
-    let seen = reader[0].order(&Order::Touch)?.sum;
-    reader::check("what was stored", seen, guest::stored_sum(4, pages))?;
-    Ok(())
+    let write = Order::MapWritable { name: name.clone() };
+    let mut reader = mapped(&daemon, 1, &Order::Map { name })?;
+    let mut first = mapped(&daemon, 1, &write)?;
+    let mut second = mapped(&daemon, 1, &write)?;
+    let mut last = mapped(&daemon, 1, &write)?;
+
+    let ns = first[0].order(&Order::StoreEach { value: 3 })?.latencies_ns;
+    percentiles(rows, "a store to a page on the disk", &ns, trip, &socket);
+    let read = reader[0].order(&Order::TouchEach)?;
+    reader::check(
+        "what was just stored",
+        read.sum,
+        guest::stored_sum(3, pages),
+    )?;
+    let what = "a read of what another has just stored";
+    percentiles(rows, what, &read.latencies_ns, trip, &socket);
+    let ns = first[0].order(&Order::StoreEach { value: 4 })?.latencies_ns;
+    let what = "a store to a page that another reads, by force";
+    percentiles(rows, what, &ns, fault, &native);
+    let ns = second[0]
+        .order(&Order::StoreEach { value: 5 })?
+        .latencies_ns;
+    let what = "a store to a page that another writes";
+    percentiles(rows, what, &ns, fault, &native);
+    percentiles(rows, what, &ns, trip, &socket);
+    // Those that have pages go: the pages stay.
+    drop((first, second, reader));
+    let ns = last[0].order(&Order::StoreEach { value: 6 })?.latencies_ns;
+    let what = "a store to a page in memory that nobody has";
+    percentiles(rows, what, &ns, fault, &native);
+    percentiles(rows, what, &ns, trip, &socket);
+    let seen = last[0].order(&Order::Touch)?.sum;
+    reader::check("what was stored last", seen, guest::stored_sum(6, pages))
 }
 
-/// Two guests store to words of one page as fast as they can; beside it, two processes with a plain
-/// shared page.
-fn together(setting: &Setting, rows: &mut Vec<Row>) -> Result<()> {
-    let dir = setting.subdir("write-together")?;
-    let file = TestFile::make(&dir, "file", PAGES_PER_MIB, 63)?;
-    let daemon = Daemon::start(setting, &dir, options(Mode::Coherent, true))?;
-    let name = file.name().to_owned();
-    let mut writers = mapped(&daemon, 2, &Order::MapWritable { name })?;
-    let plain_file = TestFile::make(Path::new(IN_MEMORY), &plain_name(), 1, 64)?;
-    let path = plain_file.path.clone();
-    let mut rivals = vec![Guest::spawn()?, Guest::spawn()?];
-    let native = guest::order_all(&mut rivals, &Order::MapNativeWritable { path });
-    std::fs::remove_file(&plain_file.path)?;
-    native?;
-    let stores = setting.sizes.together_stores;
-    let (mut ours, mut plain) = (Samples::default(), Samples::default());
-    for _ in 0..setting.sizes.reps {
-        for (guests, samples) in [(&mut writers, &mut ours), (&mut rivals, &mut plain)] {
-            for (guest, offset) in guests.iter_mut().zip([0, LINE_BYTES * 2]) {
-                guest.send(&Order::StoreLoop { offset, stores })?;
-            }
-            for guest in guests {
-                samples.push(guest.receive()?.seconds / stores as f64);
-            }
-        }
-    }
-    let row = Row::new(
-        NAME,
-        "a store to a page that two guests write at once",
-        Unit::Seconds,
-    );
-    rows.push(
-        row.copage(&ours)
-            .against("the same in a plain shared page", &plain)
-            .note("the page goes to and fro; each has it for 1 ms at least"),
-    );
-    Ok(())
+/// How long the first store to each page of a file in memory takes by a native mapping: a minor fault each. (Of a
+/// file on a disk, many pages are one folio and come by one fault, so that most stores would be none.)
+fn native_faults(pages: u64) -> Result<Samples> {
+    let mut guests = together::plain(1, pages)?;
+    let stored = guests[0].order(&Order::StoreEach { value: 2 })?;
+    let (minor, _) = stored.faults;
+    ensure!(minor >= pages, "{minor} minor faults for {pages} pages");
+    Ok(samples(&stored.latencies_ns))
 }

@@ -1,8 +1,9 @@
 //! Plain mappings of files: what a program has without this library, and what a file
 //! below a copage mount is mapped with.
 
+use copage_grants::PAGE_SIZE;
 use copage_grants::volatile::{VolatileBytes, VolatileBytesMut};
-use memmap2::{MmapOptions, MmapRaw};
+use memmap2::{MmapOptions, MmapRaw, UncheckedAdvice};
 use std::fs::File;
 use std::io;
 
@@ -38,6 +39,14 @@ impl NativeMapping {
         })
     }
 
+    /// The first `len` bytes of a file that may be longer than the address space.
+    pub fn writable_part(file: &File, len: usize) -> io::Result<Self> {
+        Ok(Self {
+            map: MmapOptions::new().len(len).map_raw(file)?,
+            writable: true,
+        })
+    }
+
     /// Where it begins: for looking its pages up in the page map.
     pub fn address(&self) -> usize {
         self.map.as_ptr().addr()
@@ -48,6 +57,21 @@ impl NativeMapping {
         // SAFETY: memmap2 mapped this range readable and unmaps it when `self.map` is dropped,
         // which the borrow outlasts; `MmapRaw` makes no reference into it, nor does this type.
         unsafe { VolatileBytes::new(self.map.as_ptr(), self.map.len()) }
+    }
+
+    /// Takes the page that holds byte `offset` out of this process's page table: the next access is a fault.
+    pub fn let_go(&self, offset: usize) -> io::Result<()> {
+        let page = offset / PAGE_SIZE * PAGE_SIZE;
+        if page >= self.map.len() {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let len = PAGE_SIZE.min(self.map.len() - page);
+        // SAFETY: the range lies within the mapping, which is a shared one of a file: its bytes are the
+        // file's and stay so, and nobody has a reference into it.
+        unsafe {
+            self.map
+                .unchecked_advise_range(UncheckedAdvice::DontNeed, page, len)
+        }
     }
 
     /// The bytes, to be stored to as well, of a writable mapping.
@@ -74,6 +98,13 @@ mod tests {
             assert_eq!((tail, map.as_volatile().len()), ([7; 8], 5000));
             assert!(map.as_volatile_mut().is_none());
         }
+        let map = NativeMapping::new(&File::open(&path).unwrap(), true).unwrap();
+        map.let_go(4999).unwrap();
+        assert_eq!(
+            map.as_volatile().read_u64(4992),
+            Some(0x0707_0707_0707_0707)
+        );
+        assert!(map.let_go(8192).is_err());
         let both = File::options().read(true).write(true).open(&path).unwrap();
         let map = NativeMapping::writable(&both).unwrap();
         assert!(map.as_volatile_mut().unwrap().write_u64(8, u64::MAX));
