@@ -97,7 +97,7 @@ fn local_several_write_one_page() {
     let cache = driver.cache();
     // One of them is gone: it cannot be taken from it alone.
     assert!(!cache.strict_seize(DomId(1), &driver.file, PageIndex(0), frame));
-    assert!(!cache.strict_drained(DomId(1), frame));
+    assert!(!cache.strict_drained(DomId(1), frame, false));
     driver.sync(None, false).unwrap();
     assert_eq!(&driver.host()[..4], b"abcd");
     assert_eq!(&driver.load(3, 0).unwrap()[..4], b"abcd");

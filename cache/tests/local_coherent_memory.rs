@@ -261,9 +261,9 @@ fn local_a_frame_that_a_dead_writer_has_mapped_rests() {
     let (granter2, gref2) = (read.granter.unwrap(), read.gref.unwrap());
     let seen = xen.map(DomId(2), granter2, gref2).unwrap();
     assert_eq!(&seen[..10], b"last words");
-    assert!(!cache.strict_drained(DomId(1), old));
+    assert!(!cache.strict_drained(DomId(1), old, false));
     xen.unmap(granter, gref);
-    assert!(cache.strict_drained(DomId(1), old));
+    assert!(cache.strict_drained(DomId(1), old, false));
     cache.strict_free(old);
     assert_eq!(cache.stats().frames_quarantined, 0);
     xen.unmap(granter2, gref2);

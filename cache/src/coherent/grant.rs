@@ -293,8 +293,9 @@ impl Cache {
         holders.iter().any(|holder| *holder != dom)
     }
 
-    /// Has a session that is gone let go of a lost frame?
-    pub fn strict_drained(&self, dom: DomId, frame: FrameNo) -> bool {
+    /// Has a session that is gone let go of a lost frame? `is_dead`: its process has ended, and its mappings with it,
+    /// which no table here shows.
+    pub fn strict_drained(&self, dom: DomId, frame: FrameNo, is_dead: bool) -> bool {
         let Some((file, slot, page)) = self.file_of_frame(frame) else {
             return true;
         };
@@ -304,7 +305,7 @@ impl Cache {
         if is_page && self.is_held_by_others(dom, frame) {
             return false;
         }
-        if self.force {
+        if self.force || is_dead {
             self.backend.note_unmapped(dom, &[frame]);
         }
         self.revoke_from(dom, &[frame])

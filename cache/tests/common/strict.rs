@@ -418,7 +418,7 @@ impl Driver {
         let cache = self.cache();
         cache.guest_ended(who(guest));
         for frame in std::mem::take(&mut self.lost) {
-            assert!(cache.strict_drained(DomId(guest), frame));
+            assert!(cache.strict_drained(DomId(guest), frame, false));
             cache.strict_free(frame);
         }
     }

@@ -10,7 +10,9 @@ pub use cachestat::{CacheStat, cachestat, drop_cached};
 pub use lease::{LeaseKind, lease, set_lease, set_lease_signal};
 pub use pagemap::{PageMap, PageMapEntry};
 pub(crate) use process::write_own_memory;
-pub use process::{make_undumpable, peer_pidfd, raise_open_files, read_own_memory, take_inherited};
+pub use process::{
+    has_ended, make_undumpable, peer_pidfd, raise_open_files, read_own_memory, take_inherited,
+};
 pub use signal::{SignalFd, SignalInfo, block_signals, lease_signal, unblock_signals};
 
 use std::io;

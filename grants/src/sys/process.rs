@@ -1,6 +1,7 @@
 //! Of processes: who is at the other end, who may look into this one, how many files it may open.
 
 use super::checked;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{DumpableBehavior, Pid, PidfdFlags, Resource, Rlimit};
 use std::io;
 use std::mem::size_of;
@@ -45,6 +46,14 @@ pub fn peer_pidfd(socket: impl AsFd, pid: u32) -> io::Result<OwnedFd> {
         }
         Err(e) => Err(e),
     }
+}
+
+/// Has the process that the pidfd names ended?
+pub fn has_ended(pidfd: impl AsFd) -> bool {
+    let mut fds = [PollFd::new(&pidfd, PollFlags::IN)];
+    let now = Timespec::default();
+    // Where it cannot be told it goes on.
+    matches!(poll(&mut fds, Some(&now)), Ok(1))
 }
 
 /// Copies memory of the calling process at `address` into `buf` as loads would (a missing page is

@@ -280,7 +280,12 @@ impl Core {
             .filter(|open| open.file.is_coherent());
         let maps = coherent.map(|open| (open.file.id, open.how == copage_cache::OpenHow::Map));
         let fenced = over.fenced.is_some();
-        self.ctx.strict_over(over.epoch, maps.collect(), fenced);
+        let process = match conn.peer {
+            Peer::Process(process) => Some(process.pidfd),
+            Peer::Domain(_) => None,
+        };
+        self.ctx
+            .strict_over(over.epoch, maps.collect(), fenced, process);
     }
 
     /// Domids that no entry names any more may be used again.

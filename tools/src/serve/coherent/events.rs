@@ -4,12 +4,14 @@ use super::super::complete::Answer;
 use super::super::core::Core;
 use super::super::ctx::Ctx;
 use super::super::limits::LOST_POLL_MS;
+use super::Gone;
 use super::exclusive::Exclusive;
 use super::work::split;
-use copage_cache::{CacheError, CacheEvent, CachedFile, FileId, Holder};
+use copage_cache::{CacheError, CacheEvent, CachedFile, FileId};
 use copage_coherence::msg::{FileToken, Notice};
 use copage_coherence::strict::{Action, Event, Input, Place};
-use copage_grants::{Epoch, FrameNo, PageIndex};
+use copage_grants::{Epoch, FrameNo, PageIndex, sys};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 impl Ctx {
@@ -150,19 +152,27 @@ impl Ctx {
         self.step(Input::Page(event));
     }
 
-    /// A session is gone; the machine has taken its pages. `files`: what it had open, and whether to map.
+    /// A session is gone; the machine has taken its pages. `files`: what it had open, and whether to map. `process`:
+    /// whose mappings end with it.
     pub(in crate::serve) fn strict_over(
         &mut self,
         epoch: Epoch,
         files: Vec<(FileId, bool)>,
         fenced: bool,
+        process: Option<OwnedFd>,
     ) {
         self.end_works_of(epoch);
         self.forget_asks(epoch);
         if let Some(who) = self.coherent.who.remove(&epoch)
             && self.machine.pages().lost().any(|(_, of)| of == epoch)
         {
-            self.coherent.gone.insert(epoch, who);
+            let is_dead = false;
+            let gone = Gone {
+                who,
+                process,
+                is_dead,
+            };
+            self.coherent.gone.insert(epoch, gone);
         }
         let descriptors = self.backend.capabilities().descriptors;
         for (id, maps) in files {
@@ -185,9 +195,17 @@ impl Ctx {
         self.coherent
             .gone
             .retain(|epoch, _| lost.iter().any(|(_, of)| of == epoch));
+        for gone in self.coherent.gone.values_mut() {
+            if gone.process.as_ref().is_some_and(sys::has_ended) {
+                gone.is_dead = true;
+                gone.process = None;
+            }
+        }
         for (frame, epoch) in lost {
-            let who: Option<&Holder> = self.coherent.gone.get(&epoch);
-            if who.is_some_and(|who| self.cache.strict_drained(who.dom, frame)) {
+            let gone = self.coherent.gone.get(&epoch);
+            let drained =
+                |gone: &Gone| (self.cache).strict_drained(gone.who.dom, frame, gone.is_dead);
+            if gone.is_some_and(drained) {
                 self.step(Input::Page(Event::Drained { epoch, frame }));
             }
         }

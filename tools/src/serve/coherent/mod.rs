@@ -36,11 +36,20 @@ use copage_grants::Epoch;
 use exclusive::Taking;
 use recall::{Ask, Asked};
 use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use work::Work;
 
 /// Which pages of which works wait until a page is saved.
 type Saving = HashMap<Place, Vec<(u64, usize)>>;
+
+/// A session that is gone and may have frames mapped.
+struct Gone {
+    who: Holder,
+    /// Its process, until that has ended; none of a domain, of which the grant table tells.
+    process: Option<OwnedFd>,
+    is_dead: bool,
+}
 
 /// Everything that the loop knows of coherent files, but what the machine knows. It is the machine's table.
 pub(super) struct Coherent {
@@ -49,7 +58,7 @@ pub(super) struct Coherent {
     /// Whose the epochs of live sessions are.
     pub who: HashMap<Epoch, Holder>,
     /// The same of sessions that are gone and may have frames mapped.
-    gone: HashMap<Epoch, Holder>,
+    gone: HashMap<Epoch, Gone>,
     /// When it is looked next whether these let go, in ms.
     lost_ms: u64,
     works: HashMap<u64, Work>,
