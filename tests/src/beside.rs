@@ -35,10 +35,16 @@ impl Beside {
     /// Starts all three on a tree that `fill` has put more files into. The honest guest is named
     /// `honest`, as root.
     pub fn start(setup: &Setup, fill: impl FnOnce(&Tree)) -> Self {
+        Self::start_with(setup, |tree, _| fill(tree))
+    }
+
+    /// As [`Self::start`]; what the setup says may depend on where the tree is.
+    pub fn start_with(setup: &Setup, fill: impl FnOnce(&Tree, &mut Setup)) -> Self {
         let tree = Tree::new();
         tree.pattern("honest", HONEST_PAGES);
-        fill(&tree);
-        let daemon = Daemon::start(&tree, setup);
+        let mut setup = setup.clone();
+        fill(&tree, &mut setup);
+        let daemon = Daemon::start(&tree, &setup);
         let mut honest = Guest::connected(tree.root(), &daemon.socket(), "honest");
         honest.map("export", "honest");
         honest.ask(&Order::Watch { run_pages: 8 });

@@ -21,6 +21,7 @@ pub mod mute;
 pub mod needs;
 pub mod orders;
 pub mod raw;
+pub mod stamp;
 pub mod tree;
 pub mod wait;
 pub mod watch;

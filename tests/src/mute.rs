@@ -2,11 +2,15 @@
 //! answers no notice, and keeps its plain mapping whatever happens to its session.
 
 use crate::guest::{program, program_for_everybody};
+use copage_mmap::native::NativeMapping;
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
+
+/// What [`Mute::store`] stores.
+pub const EVIL: u64 = 0xbad0_bad0_bad0_bad0;
 
 /// One such process. Killed when dropped.
 pub struct Mute {
@@ -17,7 +21,8 @@ pub struct Mute {
 
 impl Mute {
     /// Starts it as guest `name`: it opens `path` of `export` and maps it plainly. `how` is `map`
-    /// (faults all of it in first), `pin`, or `holes` (faults nothing in and touches everything).
+    /// (faults all of it in first), `pin`, `holes` (faults nothing in and touches everything), or `write` (of the
+    /// export `written`: gets what it can for writing, maps it and stores to it).
     pub fn start(dir: &Path, socket: &Path, name: &str, path: &str, how: &str) -> Self {
         Self::try_start(dir, socket, name, path, how).unwrap_or_else(|e| panic!("{name}: {e}"))
     }
@@ -85,6 +90,20 @@ impl Mute {
         assert_eq!(self.ask("stop-renewing"), "done");
     }
 
+    /// It stores [`EVIL`] to each page that it got for writing, whether or not it has it still; `false`: it died of
+    /// that.
+    pub fn store(&mut self) -> bool {
+        match self.ask("store").as_str() {
+            "done" => true,
+            other => {
+                assert_eq!(other, "");
+                let status = self.child.wait().expect("a child can be waited for");
+                assert_eq!(status.signal(), Some(libc::SIGBUS), "{status:?}");
+                false
+            }
+        }
+    }
+
     /// Waits until the daemon has hung up on it; how long that took.
     pub fn wait_fenced(&mut self, at_most: Duration) -> Duration {
         let begin = Instant::now();
@@ -120,6 +139,15 @@ impl Drop for Mute {
     }
 }
 
+/// Stores to the first word of each page.
+fn store_all(bytes: &copage_grants::volatile::VolatileBytesMut<'_>, value: u64) {
+    let mut all = (0..bytes.len()).step_by(copage_grants::PAGE_SIZE);
+    assert!(
+        all.all(|at| bytes.write_u64(at, value)),
+        "a page that is too short"
+    );
+}
+
 /// What the process does: see [`Mute`]. Returns when its standard input ends.
 pub fn run(socket: &Path, name: &str, path: &str, how: &str) -> std::io::Result<()> {
     use copage::demo::pattern::{self, PageContent};
@@ -130,7 +158,7 @@ pub fn run(socket: &Path, name: &str, path: &str, how: &str) -> std::io::Result<
         Ok(raw) => raw,
         Err(errno) => return say(format!("hello: errno {errno}")),
     };
-    let root = raw.attach("export");
+    let root = raw.attach(if how == "write" { "written" } else { "export" });
     let node = match raw.lookup(root, path.as_bytes()) {
         Ok(node) => node,
         Err(errno) => return say(format!("lookup: errno {errno}")),
@@ -140,7 +168,7 @@ pub fn run(socket: &Path, name: &str, path: &str, how: &str) -> std::io::Result<
     } else {
         OpenHow::Map
     };
-    let mut file = match raw.try_open(node, kind) {
+    let mut file = match raw.try_open_to(node, kind, how == "write") {
         Ok(file) => file,
         Err(errno) => return say(format!("open: errno {errno}")),
     };
@@ -157,12 +185,24 @@ pub fn run(socket: &Path, name: &str, path: &str, how: &str) -> std::io::Result<
             }
         }
     }
+    let mut arena = None;
+    if how == "write" {
+        let pages = copage_grants::pages_for(file.bytes);
+        let (got, errno) = raw.take_to_write(&file, pages);
+        if let Some(errno) = errno {
+            return say(format!("fault: errno {errno} after {got} pages"));
+        }
+        let mapped = raw.map_arena(&file, got);
+        let bytes = mapped.as_volatile_mut().ok_or(std::io::ErrorKind::Other)?;
+        store_all(&bytes, 1);
+        arena = Some(mapped);
+    }
     let home = file
         .fd
         .take()
         .map(std::fs::File::from)
         .ok_or(std::io::ErrorKind::NotFound)?;
-    let mapping = copage_mmap::native::NativeMapping::new(&home, true)?;
+    let mapping = NativeMapping::new(&home, true)?;
     let mut renewing = true;
     let orders = std::sync::mpsc::channel();
     std::thread::spawn(move || {
@@ -182,6 +222,12 @@ pub fn run(socket: &Path, name: &str, path: &str, how: &str) -> std::io::Result<
                     say("done".into())?;
                 }
                 "fenced" => say(if fenced { "yes".into() } else { "no".into() })?,
+                "store" => {
+                    let bytes = arena.as_ref().and_then(NativeMapping::as_volatile_mut);
+                    let bytes = bytes.ok_or(std::io::ErrorKind::Other)?;
+                    store_all(&bytes, EVIL);
+                    say("done".into())?;
+                }
                 _ => {
                     let bytes = mapping.as_volatile().to_vec();
                     let mut versions: Vec<u32> = Vec::new();

@@ -174,7 +174,23 @@ pub enum Order {
         /// How often; 0: in a thread, until `StopCounting`.
         times: u64,
     },
-    /// Ends `Count` of 0 times; answered by the last word stored.
+    /// Load words that others only let rise, in a thread until `StopCounting`, which answers how often one of
+    /// them had risen. None may go back.
+    Follow {
+        /// Which mapping.
+        mapping: usize,
+        /// Where, in bytes: multiples of 8.
+        offsets: Vec<u64>,
+    },
+    /// Store 1, 2, 3, … in a thread until `StopCounting`: each to the first word, then to the last, of the next
+    /// of some pages, as [`crate::stamp`] writes them.
+    Stamp {
+        /// Which mapping.
+        mapping: usize,
+        /// How many pages.
+        pages: u64,
+    },
+    /// Ends the thread that was begun last; answered by the last word stored.
     StopCounting,
     /// What the mapping shows now.
     Generation {

@@ -5,8 +5,10 @@ use copage_coherence::msg::{
     Notice, OpenHow, PROTOCOL_VERSION, Reply, Request, decode_header,
 };
 use copage_coherence::msg::{FaultHint, FrameKind, PageRange};
+use copage_grants::PAGE_SIZE;
 use copage_grants::channel::{Channel, ChannelError};
-use copage_grants::{Epoch, PageIndex, Version};
+use copage_grants::{Access, Epoch, PageIndex, Version};
+use copage_mmap::native::NativeMapping;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -96,6 +98,11 @@ pub struct Granted {
 }
 
 fn fault_request(file: &RawFile, first: u64, count: u32) -> Request<'static> {
+    fault_for(file, first, count, Access::ReadOnly)
+}
+
+/// A request for pages.
+pub fn fault_for(file: &RawFile, first: u64, count: u32, access: Access) -> Request<'static> {
     Request::Fault {
         file: file.token,
         generation: file.generation,
@@ -104,7 +111,7 @@ fn fault_request(file: &RawFile, first: u64, count: u32) -> Request<'static> {
             count,
         },
         hint: FaultHint::Populate,
-        access: copage_grants::Access::ReadOnly,
+        access,
     }
 }
 
@@ -295,12 +302,13 @@ impl Raw {
 
     /// Opens a node.
     pub fn try_open(&mut self, node: Handle, how: OpenHow) -> Result<RawFile, i32> {
-        self.opened(node, how, false)
+        self.try_open_to(node, how, false)
     }
 
-    fn opened(&mut self, node: Handle, how: OpenHow, write: bool) -> Result<RawFile, i32> {
-        let came = self.ask(&Request::Open { node, how, write });
-        let mut came = came.expect("a reply");
+    /// As [`Self::try_open`], for writing too.
+    pub fn try_open_to(&mut self, node: Handle, how: OpenHow, write: bool) -> Result<RawFile, i32> {
+        let request = Request::Open { node, how, write };
+        let mut came = self.ask(&request).ok_or(libc::EPIPE)?;
         let fd = came.fd.take();
         match came.reply() {
             Reply::Opened {
@@ -330,7 +338,7 @@ impl Raw {
     /// As [`Self::open`], to map a file of a coherent export that it may write.
     pub fn open_for_writing(&mut self, export: &str, name: &str) -> RawFile {
         let node = self.node(export, name);
-        let opened = self.opened(node, OpenHow::Map, true);
+        let opened = self.try_open_to(node, OpenHow::Map, true);
         opened.expect("it can be opened for writing")
     }
 
@@ -338,6 +346,31 @@ impl Raw {
         let root = self.attach(export);
         let node = self.lookup(root, name.as_bytes());
         node.expect("the file is there")
+    }
+
+    /// Gets the file's first `pages` pages for writing, renewing the lease for as long as it takes; how many it got,
+    /// and the errno of the first refusal.
+    pub fn take_to_write(&mut self, file: &RawFile, pages: u64) -> (u64, Option<i32>) {
+        let mut got = 0;
+        while got < pages {
+            let count = FAULT_PAGES_MAX.min((pages - got) as u32);
+            match self.pages_at_last(&fault_for(file, got, count, Access::ReadWrite)) {
+                Ok(granted) => got = granted.range.first.0 + u64::from(granted.range.count),
+                Err(errno) => return (got, Some(errno)),
+            }
+        }
+        (got, None)
+    }
+
+    /// The file that pages granted for writing are mapped from: its first `pages` pages.
+    pub fn map_arena(&mut self, file: &RawFile, pages: u64) -> NativeMapping {
+        let request = Request::Arena {
+            file: file.token,
+            common: false,
+        };
+        let arena = self.ask(&request).and_then(|came| came.fd);
+        let arena = std::fs::File::from(arena.expect("an arena"));
+        NativeMapping::writable_part(&arena, pages as usize * PAGE_SIZE).expect("it can be mapped")
     }
 
     /// Faults pages in; the pages granted (first, count), or the errno. Stale is ESTALE.
@@ -359,7 +392,11 @@ impl Raw {
         first: u64,
         count: u32,
     ) -> Result<Granted, i32> {
-        let number = self.tell(&fault_request(file, first, count));
+        self.pages_at_last(&fault_request(file, first, count))
+    }
+
+    fn pages_at_last(&mut self, fault: &Request<'_>) -> Result<Granted, i32> {
+        let number = self.tell(fault);
         while self.renew() {
             let came = self.earlier.iter().position(|c| c.request() == number);
             if let Some(at) = came {

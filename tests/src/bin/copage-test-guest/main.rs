@@ -243,11 +243,9 @@ impl Agent {
                 offset,
                 value,
             } => self.store_word(mapping, offset, value),
-            Order::Count {
-                mapping,
-                offset,
-                times,
-            } => self.count(mapping, offset, times),
+            order @ (Order::Count { .. } | Order::Follow { .. } | Order::Stamp { .. }) => {
+                self.go_on(order)
+            }
             Order::StopCounting => self.stop_counting(),
             Order::Compare { mapping, with } => self.compare(mapping, &with),
             Order::Generation { mapping } => {

@@ -3,8 +3,10 @@
 use super::{Agent, View};
 use anyhow::{Context, Result, bail};
 use copage_coherence::msg::OpenHow;
+use copage_grants::PAGE_SIZE;
 use copage_mmap::{File, MapOptions};
 use copage_tests::orders::{Answer, Order};
+use copage_tests::stamp;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -33,6 +35,40 @@ fn count(view: &View, offset: usize, on: impl Fn(u64) -> bool) -> Result<u64> {
         done += 1;
     }
     Ok(last)
+}
+
+/// Loads words that never go back; how often one of them had risen.
+fn follow(view: &View, offsets: &[u64], on: &dyn Fn() -> bool) -> Result<u64> {
+    let mut seen = vec![0; offsets.len()];
+    let mut risen = 0;
+    while on() {
+        for (offset, before) in offsets.iter().zip(&mut seen) {
+            let now = view.bytes().read_u64(usize::try_from(*offset)?);
+            let now = now.with_context(|| format!("{offset} is no word of the mapping"))?;
+            if now < *before {
+                bail!("{before} was at {offset}, and then {now}");
+            }
+            risen += u64::from(now > *before);
+            *before = now;
+        }
+    }
+    Ok(risen)
+}
+
+/// Stamps pages in turn; the last number.
+fn stamp(view: &View, pages: u64, on: &dyn Fn() -> bool) -> Result<u64> {
+    let bytes = view.bytes_mut()?;
+    let mut number = 0;
+    while on() {
+        number += 1;
+        for word in stamp::WORDS {
+            let at = usize::try_from(number % pages)? * PAGE_SIZE + word;
+            if !bytes.write_u64(at, stamp::write(number)) {
+                bail!("{at} is no word of the mapping");
+            }
+        }
+    }
+    Ok(number)
 }
 
 impl Agent {
@@ -137,17 +173,42 @@ impl Agent {
         Ok(Answer::Word { value })
     }
 
-    pub(super) fn count(&mut self, mapping: usize, offset: u64, times: u64) -> Result<Answer> {
-        let (view, offset) = (self.view(mapping)?, usize::try_from(offset)?);
-        if times > 0 {
-            let value = count(&view, offset, |done| done < times)?;
-            return Ok(Answer::Word { value });
+    /// Orders about what a thread does until it is told to stop.
+    pub(super) fn go_on(&mut self, order: Order) -> Result<Answer> {
+        match order {
+            Order::Count {
+                mapping,
+                offset,
+                times,
+            } => {
+                let (view, offset) = (self.view(mapping)?, usize::try_from(offset)?);
+                if times > 0 {
+                    let value = count(&view, offset, |done| done < times)?;
+                    return Ok(Answer::Word { value });
+                }
+                self.spawn(move |on| count(&view, offset, |_| on()))
+            }
+            Order::Follow { mapping, offsets } => {
+                let view = self.view(mapping)?;
+                self.spawn(move |on| follow(&view, &offsets, on))
+            }
+            Order::Stamp { mapping, pages } => {
+                let view = self.view(mapping)?;
+                self.spawn(move |on| stamp(&view, pages, on))
+            }
+            other => bail!("{other:?} does not go on"),
         }
+    }
+
+    fn spawn(
+        &mut self,
+        work: impl FnOnce(&dyn Fn() -> bool) -> Result<u64> + Send + 'static,
+    ) -> Result<Answer> {
         let stop = Arc::new(AtomicBool::new(false));
         let of_thread = Arc::clone(&stop);
         let thread = std::thread::Builder::new()
             .name("count".into())
-            .spawn(move || count(&view, offset, |_| !of_thread.load(Ordering::Relaxed)))?;
+            .spawn(move || work(&|| !of_thread.load(Ordering::Relaxed)))?;
         self.counting.push(Counting { stop, thread });
         Ok(Answer::Done)
     }
