@@ -331,7 +331,7 @@ fn stopped(bench: &mut Bench<'_>) -> Result<String> {
 }
 
 fn destroyed(bench: &mut Bench<'_>) -> Result<String> {
-    let mut run = bench.run(Plan { slots: 120, ..PLAN }, |_| {})?;
+    let mut run = bench.run(Plan { slots: 200, ..PLAN }, |_| {})?;
     run.begun()?;
     run.sleep(4);
     run.destroy(2, &Setup::new(Kind::Pvh, LATER, 160))?;

@@ -232,6 +232,10 @@ impl Ctx {
                         self.coherent.rehomed.push(id);
                         self.end_exclusive(id, None);
                     }
+                    // Nobody finds this one any more: who opens the file by its name gets another.
+                    Err(error @ CacheError::Withdrawn) => {
+                        self.end_exclusive(id, Some(error.errno()));
+                    }
                     Err(error) => {
                         tracing::warn!(%error, "a file cannot be served anew yet");
                         self.cannot_take(id, error.errno());
