@@ -164,7 +164,13 @@ impl Driver {
                 CacheEvent::HostChanged { file } => {
                     self.host_changed += 1;
                     self.take_from(0);
-                    self.cache().strict_rehome(&file).unwrap();
+                    let until = Instant::now() + Duration::from_secs(10);
+                    // What was being filled is there a moment later: the daemon tries again too.
+                    while let Err(error) = self.cache().strict_rehome(&file) {
+                        assert!(Instant::now() < until, "{error}");
+                        self.rig.pump(Duration::from_millis(1));
+                        self.take_from(0);
+                    }
                 }
                 _ => unreachable!(),
             }
