@@ -104,6 +104,80 @@ fn local_several_write_one_page() {
     driver.rig.audit();
 }
 
+/// The bytes of a page in a file that a guest has a descriptor of.
+fn seen_in(file: &std::fs::File, page: u64) -> [u8; 4] {
+    let mut seen = [0; 4];
+    std::os::unix::fs::FileExt::read_at(file, &mut seen, page * PAGE as u64).unwrap();
+    seen
+}
+
+#[test]
+fn local_a_page_that_is_copied_stays_nowhere_where_others_see_it() {
+    let without_force = coherent_rig(local(false), config(256));
+    let mut driver = Driver::with(without_force, &content(4, PAGE), 3);
+    let cache = driver.cache();
+    let file = driver.file.clone();
+    let generation = cache.current(&file).generation;
+    let home = std::fs::File::from(cache.descriptor(&file, generation).unwrap());
+    driver.load(1, 0).unwrap();
+    let frame = driver.frames[&0];
+    assert_ne!(seen_in(&home, 0), [0; 4]);
+    // A reader is gone, and the table does not show that it let go: before somebody writes, the page moves.
+    assert!(!cache.strict_seize(DomId(1), &file, PageIndex(0), frame));
+    cache.strict_copy(&file, PageIndex(0), frame);
+    assert_eq!(driver.placed(0).unwrap(), frame);
+    assert_eq!(seen_in(&home, 0), [0; 4], "others would go on reading it");
+    driver.held.clear();
+    driver.rig.audit();
+    driver.store(2, 0, 0, b"next").unwrap();
+    driver.let_go(0);
+    assert_eq!(&driver.load(3, 0).unwrap()[..4], b"next");
+    driver.rig.audit();
+}
+
+#[test]
+fn local_what_the_gone_have_in_common_is_used_no_more() {
+    let mut driver = Driver::new(256, &content(4, 2 * PAGE), 3);
+    let cache = driver.cache();
+    let file = driver.file.clone();
+    let (zero, one) = (PageIndex(0), PageIndex(1));
+    for page in [0, 1] {
+        driver
+            .grant(1 + page as u16, page, Access::ReadWrite, true)
+            .unwrap();
+        driver.grant(3, page, Access::ReadWrite, true).unwrap();
+    }
+    assert!(cache.strict_can_share(&file));
+    let (serial, fd) = cache.common(&file).unwrap();
+    let common = std::fs::File::from(fd);
+    driver.store_at(1, Where::Common, 0, 0, b"last");
+    let frame = driver.frames[&0];
+    assert!(!cache.strict_seize(DomId(1), &file, zero, frame));
+    let pages = driver.wait_for("WantBack", |event| match event {
+        CacheEvent::WantBack { pages, .. } => Some(pages.clone()),
+        _ => None,
+    });
+    assert_eq!(pages, [zero, one], "all that is there is wanted back");
+    assert!(!cache.strict_can_share(&file));
+    // The one that lives lets go, and the page moves.
+    cache.strict_unmapped(DomId(3), &file, zero, frame);
+    assert!(cache.strict_revoke(DomId(3), &file, zero, frame));
+    cache.strict_copy(&file, zero, frame);
+    assert_eq!(driver.placed(0).unwrap(), frame);
+    driver.held.remove(&0);
+    driver.rig.audit();
+    // Of one page others write there still, so it is not replaced.
+    assert!(!cache.strict_can_share(&file));
+    driver.let_go(1);
+    assert!(cache.strict_can_share(&file));
+    let granted = driver.grant(3, 0, Access::ReadWrite, true).unwrap();
+    assert_eq!((granted.at, granted.serial), (Where::Common, serial + 1));
+    std::os::unix::fs::FileExt::write_at(&common, b"gone", 0).unwrap();
+    driver.let_go(0);
+    assert_eq!(&driver.load(2, 0).unwrap()[..4], b"last");
+    driver.rig.audit();
+}
+
 #[test]
 fn local_the_daemon_stores_out_of_sight_and_loads() {
     let data = content(5, PAGE + 10);

@@ -13,10 +13,11 @@
     reason = "a test fails by panicking"
 )]
 
+#[path = "strict/places.rs"]
+mod places;
 #[path = "strict/world.rs"]
 mod world;
 
-use copage_coherence::session::Event as SessionEvent;
 use copage_coherence::strict::{DAEMON, Event, Input, StrictConfig};
 use copage_grants::Access;
 use stateright::{Checker, Model, Property};
@@ -30,6 +31,8 @@ struct Bounds {
     pages: u64,
     frames: u32,
     force: bool,
+    /// Guests have descriptors of the files that pages are in, as on local; else entries, as on Xen.
+    descriptors: bool,
     config: StrictConfig,
     left: Left,
 }
@@ -41,6 +44,8 @@ enum Do {
     Release(usize, u64),
     Renew(usize),
     Store(usize, u64),
+    /// By one that was stopped.
+    Late(usize, u64),
     /// A message reaches the daemon.
     Up(usize),
     /// A message reaches a guest.
@@ -74,7 +79,13 @@ impl Model for Bounds {
     type Action = Do;
 
     fn init_states(&self) -> Vec<World> {
-        let mut world = World::new(self.guests, self.frames, self.force, self.config, self.left);
+        let mut world = World::new(
+            self.guests,
+            self.frames,
+            (self.force, self.descriptors),
+            self.config,
+            self.left,
+        );
         for guest in 0..self.guests {
             world.connect(guest);
         }
@@ -110,7 +121,7 @@ impl Model for Bounds {
             }
             for page in 0..self.pages {
                 let at = place(page);
-                let held = guest.mapped.get(&at).map(|(_, access)| *access);
+                let held = guest.mapped.get(&at).map(|(_, access, _)| *access);
                 if left.wants > 0 && guest.wants.is_empty() {
                     if held.is_none() {
                         actions.push(Do::Want(n, page, Access::ReadOnly));
@@ -119,11 +130,14 @@ impl Model for Bounds {
                         actions.push(Do::Want(n, page, Access::ReadWrite));
                     }
                 }
-                if left.stores > 0
-                    && let Some((frame, Access::ReadWrite)) = guest.mapped.get(&at)
-                    && (guest.liar || world.usable(guest, *frame))
-                {
-                    actions.push(Do::Store(n, page));
+                if let Some((frame, Access::ReadWrite, spot)) = guest.mapped.get(&at) {
+                    let usable = world.usable(guest, *frame, *spot);
+                    if left.stores > 0 && (guest.liar || usable) {
+                        actions.push(Do::Store(n, page));
+                    }
+                    if left.late > 0 && !usable && world.is_there(guest, *frame, *spot) {
+                        actions.push(Do::Late(n, page));
+                    }
                 }
                 if left.wants > 0 && held.is_some() && guest.wants.is_empty() {
                     actions.push(Do::Release(n, page));
@@ -185,11 +199,14 @@ impl Model for Bounds {
                 let now_ms = w.now_ms;
                 w.guests[n].up.push_back(Up::Renew(now_ms));
             }
-            Do::Store(n, page) => {
-                w.left.stores -= 1;
-                let (frame, _) = *w.guests[n].mapped.get(&place(page))?;
+            Do::Store(n, page) | Do::Late(n, page) => {
+                match action {
+                    Do::Late(..) => w.left.late -= 1,
+                    _ => w.left.stores -= 1,
+                }
+                let (_, _, spot) = *w.guests[n].mapped.get(&place(page))?;
                 let epoch = w.guests[n].epoch?;
-                w.store(epoch, place(page), frame);
+                w.store(epoch, place(page), spot);
             }
             Do::Up(n) => w.deliver_up(n),
             Do::Down(n) => w.deliver_down(n, false),
@@ -200,9 +217,7 @@ impl Model for Bounds {
             Do::Die(n) => {
                 w.left.deaths -= 1;
                 let epoch = w.guests[n].epoch?;
-                w.unmap_all(n);
-                w.guests[n].up.clear();
-                w.step(Input::Session(SessionEvent::End { epoch }));
+                w.die(n, epoch);
                 w.guests[n].down.clear();
                 w.guests[n].wants.clear();
                 w.guests[n].epoch = None;
@@ -273,20 +288,16 @@ impl Model for Bounds {
 }
 
 /// A session that was not fenced, or one of an earlier daemon's whose lease still runs.
-fn reads_newest(_: &Bounds, w: &World) -> bool {
+fn reads_newest(bounds: &Bounds, w: &World) -> bool {
     w.guests.iter().all(|guest| {
         guest.liar
-            || guest.mapped.iter().all(|(place, (frame, access))| {
-                let Some(epoch) = guest.epoch else {
+            || (0..bounds.pages).map(place).all(|at| {
+                let (Some(epoch), Some((seen, access))) = (guest.epoch, w.view(guest, at)) else {
                     return true;
                 };
-                let old = w.is_old(epoch);
-                let counts = w.counts(epoch) || (old && *access == Access::ReadOnly);
-                if !counts || !w.usable(guest, *frame) {
-                    return true;
-                }
-                let newest = w.latest.get(place).copied().unwrap_or(0);
-                w.memory.get(frame).copied().unwrap_or(0) == newest
+                let old = w.is_old(epoch) && access == Access::ReadOnly;
+                let newest = w.latest.get(&at).copied().unwrap_or(0);
+                seen == newest || !(w.counts(epoch) || old)
             })
     })
 }
@@ -305,14 +316,13 @@ fn one_kind(bounds: &Bounds, w: &World) -> bool {
         })
 }
 
-fn seen_is_saved(_: &Bounds, w: &World) -> bool {
+fn seen_is_saved(bounds: &Bounds, w: &World) -> bool {
     w.guests.iter().filter(|guest| !guest.liar).all(|guest| {
-        guest.mapped.iter().all(|(place, (frame, _))| {
-            guest.epoch.is_none_or(|epoch| {
-                !w.counts(epoch)
-                    || !w.usable(guest, *frame)
-                    || !w.is_seen_unsaved(epoch, *place, *frame)
-            })
+        (0..bounds.pages).map(place).all(|at| {
+            let (Some(epoch), Some((seen, _))) = (guest.epoch, w.view(guest, at)) else {
+                return true;
+            };
+            !w.counts(epoch) || !w.is_seen_unsaved(epoch, at, seen)
         })
     })
 }
@@ -345,7 +355,7 @@ fn alone(bounds: &Bounds, w: &World) -> bool {
             .filter(|(_, a)| *a == Access::ReadWrite);
         w.machine.pages().is_shared_rw(at)
             || writers.all(|(writer, _)| {
-                let other = |((who, f), e): (&(_, _), &world::Entry)| {
+                let other = |((who, f), e): (&(_, _), &places::Entry)| {
                     *f == frame && *who != writer && e.mapped
                 };
                 !entries.iter().any(other)
@@ -358,9 +368,9 @@ fn one_writer(bounds: &Bounds, w: &World) -> bool {
         let mut writers = 0;
         let mut all = 0;
         for guest in w.guests.iter().filter(|g| !g.liar) {
-            if let (Some((frame, access)), Some(epoch)) = (guest.mapped.get(&at), guest.epoch)
+            if let (Some((frame, access, spot)), Some(epoch)) = (guest.mapped.get(&at), guest.epoch)
                 && w.counts(epoch)
-                && w.usable(guest, *frame)
+                && w.usable(guest, *frame, *spot)
             {
                 all += 1;
                 writers += u32::from(*access == Access::ReadWrite);
@@ -452,6 +462,7 @@ fn check(bounds: Bounds) {
 const NONE: Left = Left {
     wants: 0,
     stores: 0,
+    late: 0,
     renewals: 0,
     advances: 0,
     deaths: 0,
@@ -470,6 +481,7 @@ const TWO: Bounds = Bounds {
     pages: 1,
     frames: 3,
     force: false,
+    descriptors: false,
     config: PAGES,
     left: NONE,
 };
@@ -578,11 +590,9 @@ fn local_bouncing_pages_are_shared_for_writing() {
 fn local_bouncing_pages_are_shared_when_nobody_has_them() {
     check(Bounds {
         name: "a page that bounces, shared elsewhere",
-        force: true,
         config: StrictConfig {
             bounces_max: 1,
-            share_in_place: false,
-            ..PAGES
+            ..ELSEWHERE.config
         },
         left: Left {
             wants: 4,
@@ -590,7 +600,78 @@ fn local_bouncing_pages_are_shared_when_nobody_has_them() {
             advances: 3,
             ..NONE
         },
-        ..TWO
+        ..ELSEWHERE
+    });
+}
+
+/// Pages are in files that guests have mapped, and those of several writers in one that all of these have.
+const ELSEWHERE: Bounds = Bounds {
+    force: true,
+    descriptors: true,
+    config: StrictConfig {
+        hold_ms: 0,
+        // From the first on.
+        bounces_max: 0,
+        share_in_place: false,
+        ..PAGES
+    },
+    ..TWO
+};
+
+/// One is killed, or stopped for so long that it is fenced, and stores once more when it goes on.
+const ENDS: Left = Left {
+    wants: 4,
+    stores: 2,
+    late: 1,
+    advances: 2,
+    deaths: 1,
+    ..NONE
+};
+
+#[test]
+fn local_who_shares_a_page_ends() {
+    check(Bounds {
+        name: "who shares a page elsewhere ends",
+        left: ENDS,
+        ..ELSEWHERE
+    });
+}
+
+#[test]
+fn local_who_shared_a_page_stores_once_more() {
+    check(Bounds {
+        name: "who shared a page elsewhere is fenced, and another comes",
+        left: Left {
+            wants: 3,
+            connects: 1,
+            deaths: 0,
+            ..ENDS
+        },
+        ..ELSEWHERE
+    });
+}
+
+#[test]
+fn local_who_shares_a_page_ends_without_force() {
+    check(Bounds {
+        name: "who shares a page elsewhere ends, nothing by force",
+        force: false,
+        left: ENDS,
+        ..ELSEWHERE
+    });
+}
+
+#[test]
+fn local_one_of_three_who_share_a_page_ends() {
+    check(Bounds {
+        name: "one of three who share a page elsewhere ends",
+        guests: 3,
+        left: Left {
+            late: 0,
+            advances: 0,
+            ..ENDS
+        },
+        ..ELSEWHERE
     });
 }
 

@@ -1,9 +1,14 @@
-//! A page gets another frame, because a session that is gone may have its own mapped.
+//! A page leaves where a session that is gone may have it mapped.
+//!
+//! On Xen that is its frame. Where guests have descriptors it is the file that the page is in: the writer's own
+//! arena may keep it, since nobody else has that. The home and the common file may not, because guests that live
+//! see there what is not the page any more.
 
+use super::grant::live_page;
 use crate::cache::{Cache, now_ms};
 use crate::error::CacheError;
 use crate::events::CacheEvent;
-use crate::file::{CachedFile, Home};
+use crate::file::{CachedFile, Home, Inner};
 use crate::fill::Job;
 use crate::frames::FrameState;
 use copage_grants::{FrameNo, PAGE_SIZE, PageIndex, Where};
@@ -11,7 +16,8 @@ use std::sync::Arc;
 
 impl Cache {
     /// Puts what `from` holds into another frame, once; [`CacheEvent::Placed`] answers. `from` rests until it is
-    /// freed. It is the same frame where no session can reach what it holds.
+    /// freed. It is the same frame where the page could be put out of everybody's reach; nobody has a grant of it
+    /// then.
     pub fn strict_copy(&self, file: &Arc<CachedFile>, page: PageIndex, from: FrameNo) {
         let job = Job::StrictCopy(file.clone(), page, from, now_ms());
         if self.fill_pool.push(job).is_err() {
@@ -37,6 +43,9 @@ impl Cache {
         from: FrameNo,
         since_ms: u64,
     ) {
+        if let Some(moved) = self.move_out(&mut file.inner.lock(), page, from) {
+            return self.answer_copy(file, page, moved.map(|()| from));
+        }
         let mut frames = Vec::new();
         if !self.reserve(1, &mut frames) {
             if !self.frames_may_come(since_ms) {
@@ -50,11 +59,37 @@ impl Cache {
             (Some(home), Some(to)) => self.copy_page(file, home, page, from, *to),
             _ => Err(CacheError::Changing),
         };
-        // The frame is not used where the page stays in its own.
-        if !matches!(&result, Ok(frame) if *frame != from) {
+        if result.is_err() {
             self.give_up(file, &frames);
         }
         self.answer_copy(file, page, result);
+    }
+
+    /// Takes the page away from the gone without another frame. `None`: it needs one.
+    fn move_out(
+        &self,
+        inner: &mut Inner,
+        page: PageIndex,
+        frame: FrameNo,
+    ) -> Option<Result<(), CacheError>> {
+        let (home, number) = match live_page(inner, page, frame) {
+            Ok(found) if self.descriptors => found,
+            _ => return None,
+        };
+        if matches!(home.at(number), Where::Arena(_)) {
+            return None;
+        }
+        if let Err(error) = self.move_page(home, number, frame, Where::Spare) {
+            return Some(Err(error));
+        }
+        // Those who are gone: whatever they have mapped is nobody's page.
+        let mut gone = Vec::new();
+        self.backend.holders(frame, &mut gone);
+        for dom in gone {
+            self.backend.note_unmapped(dom, &[frame]);
+            self.revoke_from(dom, &[frame]);
+        }
+        Some(Ok(()))
     }
 
     fn copy_page(
@@ -75,11 +110,6 @@ impl Cache {
             true => Where::Spare,
             false => Where::Home,
         };
-        if self.descriptors && at == there {
-            // Whoever had it for writing with others that have let go since: what it can reach is not the page
-            // any more.
-            return Ok(from);
-        }
         if self.descriptors {
             self.backend.place(home.id, page, to, at, there, true)?;
         } else {

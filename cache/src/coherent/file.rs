@@ -75,10 +75,16 @@ impl Home {
         }
     }
 
-    /// Is a lost frame where pages are read?
-    pub(crate) fn is_taken(&self, page: u32) -> bool {
-        let there = |(of, at): &(u32, Where)| *of == page && *at == Where::Home;
+    /// Is a lost frame where the page is to be?
+    pub(crate) fn is_taken(&self, page: u32, to: Where) -> bool {
+        let there = |(of, at): &(u32, Where)| *of == page && *at == to;
         self.lost.values().any(there)
+    }
+
+    /// The pages that several have for writing.
+    fn in_common(&self) -> impl Iterator<Item = u32> + '_ {
+        let places = self.places.iter();
+        places.filter_map(|(page, at)| (*at == Where::Common).then_some(*page))
     }
 }
 
@@ -190,13 +196,40 @@ impl Cache {
         Ok((serial, fd))
     }
 
-    /// Another common file, so that who had the old one reaches nothing of it. No page may be in it.
-    pub fn renew_common(&self, file: &Arc<CachedFile>) -> Result<(), CacheError> {
+    /// May pages be put into the common file? Not while somebody who is gone may store there. When all that was
+    /// in it is out, there is another one.
+    pub fn strict_can_share(&self, file: &Arc<CachedFile>) -> bool {
         let mut inner = file.inner.lock();
-        let home = inner.live.as_mut().ok_or(CacheError::Changing)?;
-        self.backend.renew_common(home.id)?;
-        home.common_serial = None;
-        Ok(())
+        let Some(home) = inner.live.as_mut() else {
+            return false;
+        };
+        if !home.common_stale {
+            return true;
+        }
+        let lost = home.lost.values().any(|(_, at)| *at == Where::Common);
+        if lost || home.in_common().next().is_some() {
+            return false;
+        }
+        match self.backend.renew_common(home.id) {
+            Ok(()) => {
+                home.common_serial = None;
+                home.common_stale = false;
+                true
+            }
+            Err(error) => {
+                tracing::warn!(%error, "a common file could not be replaced");
+                false
+            }
+        }
+    }
+
+    /// Somebody who is gone may have the common file mapped: all that is in it is wanted back, after which it is
+    /// replaced.
+    pub(crate) fn outdate_common(&self, file: &Arc<CachedFile>, home: &mut Home) {
+        if !std::mem::replace(&mut home.common_stale, true) {
+            let pages: Vec<u32> = home.in_common().collect();
+            self.send_want_back(file, &pages);
+        }
     }
 
     /// `dom` has the file open no more: its arenas go, but for those in which lost frames are.

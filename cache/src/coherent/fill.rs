@@ -6,7 +6,7 @@ use crate::events::CacheEvent;
 use crate::file::{CachedFile, Inner};
 use crate::fill::{Buffer, Job};
 use crate::limits::FILL_PAGES_MAX;
-use copage_grants::{FrameNo, PAGE_SIZE, PageIndex};
+use copage_grants::{FrameNo, PAGE_SIZE, PageIndex, Where};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -117,7 +117,7 @@ impl Cache {
         if !want.pages().all(|page| self.lose(home, page)) {
             return Err(CacheError::BadRange("the page is in a frame"));
         }
-        if self.descriptors && want.pages().any(|page| home.is_taken(page)) {
+        if self.descriptors && want.pages().any(|page| home.is_taken(page, Where::Home)) {
             return Err(CacheError::Busy("for a frame that is lost"));
         }
         home.busy += 1;

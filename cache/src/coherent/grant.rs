@@ -35,7 +35,7 @@ fn page_in(home: &Home, page: PageIndex) -> Result<u32, CacheError> {
 }
 
 /// The live home and the page's number, when `frame` holds the page.
-fn live_page(
+pub(super) fn live_page(
     inner: &mut Inner,
     page: PageIndex,
     frame: FrameNo,
@@ -162,7 +162,7 @@ impl Cache {
     }
 
     /// Puts a page's bytes to where they are wanted. (Where guests have no descriptors a frame stays.)
-    fn move_page(
+    pub(super) fn move_page(
         &self,
         home: &mut Home,
         page: u32,
@@ -173,7 +173,7 @@ impl Cache {
         if from == to || !self.descriptors {
             return Ok(());
         }
-        if to == Where::Home && home.is_taken(page) {
+        if home.is_taken(page, to) {
             return Err(CacheError::Busy("for a frame that is lost"));
         }
         if let Where::Arena(dom) = to
@@ -230,9 +230,12 @@ impl Cache {
             return self.revoke_from(dom, &[frame]);
         };
         let at = home.at(number);
-        if is_gone && at == Where::Common && self.is_held_by_others(dom, frame) {
-            // It cannot be taken from one alone: the machine asks the others, and the page gets another frame.
-            return false;
+        if is_gone && at == Where::Common {
+            self.outdate_common(file, home);
+            if self.is_held_by_others(dom, frame) {
+                // It cannot be taken from one alone: the machine asks the others, and then has the page moved.
+                return false;
+            }
         }
         let is_read = self.descriptors && matches!(at, Where::Home | Where::Spare);
         if self.force && (is_gone || is_read) {

@@ -57,6 +57,8 @@ pub(crate) struct Home {
     pub arenas: BTreeSet<DomId>,
     /// Which common file guests have.
     pub common_serial: Option<u32>,
+    /// Somebody who is gone may have it mapped still: nothing more is put there.
+    pub common_stale: bool,
 }
 
 impl Home {
@@ -86,6 +88,7 @@ impl Home {
             unfreed: Vec::new(),
             arenas: BTreeSet::new(),
             common_serial: None,
+            common_stale: false,
         }
     }
 

@@ -408,6 +408,9 @@ impl Driver {
             self.let_go(page);
             cache.strict_copy(&self.file, PageIndex(page), frame);
             let copy = self.placed(page).unwrap();
+            if copy == frame {
+                self.lost.remove(&frame);
+            }
             self.frames.insert(page, copy);
             if dirty {
                 self.save(page).unwrap();

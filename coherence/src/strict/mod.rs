@@ -120,6 +120,11 @@ pub trait Table {
         self.revoke(epoch, place, frame)
     }
 
+    /// May several have the page for writing at once from now on? Nobody has it.
+    fn can_share(&mut self, _place: Place) -> bool {
+        true
+    }
+
     /// Does the table show that the session has mapped the page? `true` where it cannot be told.
     fn is_mapped(&mut self, _epoch: Epoch, _place: Place, _frame: FrameNo) -> bool {
         true
@@ -167,7 +172,7 @@ pub enum Event {
         epoch: Epoch,
     },
     /// [`Action::Fill`] or [`Action::Copy`] is done: the content is in `frame`; after a copy in the same, where
-    /// nobody who is gone can reach it there.
+    /// nobody who is gone can reach it there: it is not lost any more.
     Placed {
         /// Which page.
         place: Place,

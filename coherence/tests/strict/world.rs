@@ -1,13 +1,12 @@
 //! A host in small: the machine as it is, a grant table that keeps what is mapped, frames with one
 //! number in each, guests, and messages that take as long as they like.
 
+use super::places::{Entries, Entry, Spot};
 use copage_coherence::msg::FenceReason;
 use copage_coherence::session::{
     Action as SessionAction, Event as SessionEvent, Guest as Who, SessionConfig, Subject,
 };
-use copage_coherence::strict::{
-    Action, DAEMON, Event, Input, Output, Place, Strict, StrictConfig, Table,
-};
+use copage_coherence::strict::{Action, DAEMON, Event, Input, Output, Place, Strict, StrictConfig};
 use copage_grants::{Access, Epoch, FrameNo, PageIndex, Version};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -46,7 +45,7 @@ pub fn place(page: u64) -> Place {
 /// From the daemon.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Down {
-    Granted(Place, FrameNo, Access, Version),
+    Granted(Place, (FrameNo, Spot), Access, Version),
     Refused(Place),
     Invalidate(u64, Place),
     /// When the guest asked.
@@ -58,7 +57,7 @@ pub enum Down {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Up {
     Want(Place, Access),
-    Ack(u64),
+    Ack(u64, Place),
     Released(Place),
     /// When it was asked.
     Renew(u64),
@@ -72,81 +71,11 @@ pub struct Guest {
     pub liar: bool,
     /// By its own, slow clock.
     pub lease_until_ms: u64,
-    pub mapped: BTreeMap<Place, (FrameNo, Access)>,
+    pub mapped: BTreeMap<Place, (FrameNo, Access, Spot)>,
     pub seen: BTreeMap<Place, Version>,
     pub wants: BTreeSet<Place>,
     pub down: VecDeque<Down>,
     pub up: VecDeque<Up>,
-}
-
-/// One entry: how, and whether the hypervisor shows it mapped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Entry {
-    pub access: Access,
-    pub mapped: bool,
-    /// It may be that of several writers.
-    pub shared: bool,
-}
-
-#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
-pub struct Entries {
-    pub all: BTreeMap<(Epoch, FrameNo), Entry>,
-    pub force: bool,
-}
-
-impl Entries {
-    fn maps(&self, epoch: Epoch, frame: FrameNo) -> bool {
-        self.all.get(&(epoch, frame)).is_some_and(|e| e.mapped)
-    }
-
-    /// Several have it for writing as one frame, so that it cannot be taken from one of them.
-    fn is_common(&self, frame: FrameNo) -> bool {
-        let of = |((_, f), e): &(&(Epoch, FrameNo), &Entry)| *f == frame && e.shared;
-        self.all.iter().filter(of).count() > 1
-    }
-
-    fn end(&mut self, epoch: Epoch, frame: FrameNo, stays: bool) -> bool {
-        if !stays {
-            self.all.remove(&(epoch, frame));
-        }
-        !stays
-    }
-}
-
-impl Table for Entries {
-    fn grant(
-        &mut self,
-        epoch: Epoch,
-        _: Place,
-        frame: FrameNo,
-        access: Access,
-        shared: bool,
-    ) -> Result<(), i32> {
-        // The daemon has no entries.
-        if epoch != DAEMON {
-            let entry = self.all.entry((epoch, frame)).or_insert(Entry {
-                access,
-                mapped: false,
-                shared,
-            });
-            entry.access = access;
-            entry.shared = shared;
-        }
-        Ok(())
-    }
-
-    fn revoke(&mut self, epoch: Epoch, _: Place, frame: FrameNo) -> bool {
-        let entry = self.all.get(&(epoch, frame));
-        let forced = self.force && entry.is_some_and(|e| e.access == Access::ReadOnly);
-        let stays = self.maps(epoch, frame) && !forced;
-        self.end(epoch, frame, stays)
-    }
-
-    fn seize(&mut self, epoch: Epoch, _: Place, frame: FrameNo) -> bool {
-        let forced = self.force && !self.is_common(frame);
-        let stays = self.maps(epoch, frame) && !forced;
-        self.end(epoch, frame, stays)
-    }
 }
 
 /// What may still happen: each happens so often at most.
@@ -154,6 +83,8 @@ impl Table for Entries {
 pub struct Left {
     pub wants: u8,
     pub stores: u8,
+    /// Stores by a guest whose lease is over and which does not know: it was stopped.
+    pub late: u8,
     pub renewals: u8,
     pub advances: u8,
     pub deaths: u8,
@@ -175,7 +106,6 @@ pub struct World {
     pub config: StrictConfig,
     pub now_ms: u64,
     pub table: Entries,
-    pub memory: BTreeMap<FrameNo, u8>,
     pub frames: u32,
     pub free: BTreeSet<FrameNo>,
     /// Frames that an earlier daemon's guests have mapped.
@@ -205,16 +135,22 @@ pub struct World {
 }
 
 impl World {
-    pub fn new(guests: usize, frames: u32, force: bool, config: StrictConfig, left: Left) -> Self {
+    pub fn new(
+        guests: usize,
+        frames: u32,
+        (force, descriptors): (bool, bool),
+        config: StrictConfig,
+        left: Left,
+    ) -> Self {
         Self {
             machine: Strict::new(SESSIONS, config, (Epoch(FIRST), Version(FIRST)), 0),
             config,
             now_ms: 1,
             table: Entries {
-                all: BTreeMap::new(),
                 force,
+                descriptors,
+                ..Entries::default()
             },
-            memory: BTreeMap::new(),
             frames,
             free: (1..=frames).map(FrameNo).collect(),
             left_over: BTreeSet::new(),
@@ -235,12 +171,31 @@ impl World {
     }
 
     /// Is the mapping there, and does the guest, by its own clock, have the right to use it?
-    pub fn usable(&self, guest: &Guest, frame: FrameNo) -> bool {
+    pub fn usable(&self, guest: &Guest, frame: FrameNo, spot: Spot) -> bool {
+        self.is_there(guest, frame, spot) && self.now_ms < guest.lease_until_ms
+    }
+
+    pub fn is_there(&self, guest: &Guest, frame: FrameNo, spot: Spot) -> bool {
         let Some(epoch) = guest.epoch else {
             return false;
         };
         let there = self.table.all.get(&(epoch, frame));
-        there.is_some_and(|e| e.mapped) && self.now_ms < guest.lease_until_ms
+        match self.table.descriptors {
+            true => self.table.bytes.contains_key(&spot),
+            false => there.is_some_and(|e| e.mapped),
+        }
+    }
+
+    /// What a guest that does not lie would load now, and from which frame, if it asked nobody.
+    pub fn view(&self, guest: &Guest, place: Place) -> Option<(u8, Access)> {
+        let home = Spot::Home(place);
+        let (frame, access, spot) = match guest.mapped.get(&place) {
+            Some(mapped) => *mapped,
+            // Whoever has the home mapped sees what is there.
+            None => (FrameNo(0), Access::ReadOnly, home),
+        };
+        let usable = self.usable(guest, frame, spot);
+        usable.then(|| (self.table.bytes.get(&spot).copied().unwrap_or(0), access))
     }
 
     /// Of this life of the daemon, and not fenced?
@@ -255,7 +210,7 @@ impl World {
 
     /// What a page holds where the machine has it.
     pub fn value(&self, frame: FrameNo) -> u8 {
-        self.memory.get(&frame).copied().unwrap_or(0)
+        self.table.value(frame)
     }
 
     pub fn on_disk(&self, place: Place) -> u8 {
@@ -263,11 +218,15 @@ impl World {
     }
 
     /// Somebody writes the next value.
-    pub fn store(&mut self, epoch: Epoch, place: Place, frame: FrameNo) {
+    pub fn store(&mut self, epoch: Epoch, place: Place, spot: Spot) {
         self.authors.push(epoch);
         let value = self.authors.len() as u8;
-        self.memory.insert(frame, value);
-        if epoch == DAEMON || self.counts(epoch) {
+        self.table.bytes.insert(spot, value);
+        let frame = self.machine.pages().content(place).map(|(frame, _)| frame);
+        let is_page = frame.is_some_and(|frame| self.table.spot(frame) == spot);
+        // What somebody who is gone does before the page is put out of reach may have been before.
+        let snapshot = self.table.descriptors && is_page && self.orphaned.contains(&place);
+        if epoch == DAEMON || self.counts(epoch) || snapshot {
             self.latest.insert(place, value);
         }
         if self.machine.pages().is_shared_rw(place) {
@@ -281,8 +240,7 @@ impl World {
     }
 
     /// Would a crash take from `epoch` what it sees in a page though another stored it?
-    pub fn is_seen_unsaved(&self, epoch: Epoch, place: Place, frame: FrameNo) -> bool {
-        let value = self.value(frame);
+    pub fn is_seen_unsaved(&self, epoch: Epoch, place: Place, value: u8) -> bool {
         let author = usize::from(value).checked_sub(1).map(|n| self.authors[n]);
         let exempt = self.mixed.contains(&place) || self.machine.pages().is_shared_rw(place);
         !exempt && author.is_some_and(|author| author != epoch) && self.on_disk(place) < value
@@ -309,6 +267,7 @@ impl World {
             }
         }
         self.adopt_snapshots();
+        self.wrong = self.wrong.or(self.table.wrong);
     }
 
     /// Of a page whose writer is gone, what is in the frame counts once the writer has it no more.
@@ -327,12 +286,16 @@ impl World {
     /// The daemon is let at a page.
     fn daemon(&mut self, place: Place, frame: FrameNo, access: Access) {
         if access == Access::ReadWrite {
-            self.store(DAEMON, place, frame);
+            if let Spot::Home(_) = self.table.spot(frame) {
+                self.table.shift(frame, Spot::Spare(place));
+            }
+            let spot = self.table.spot(frame);
+            self.store(DAEMON, place, spot);
         } else if self.value(frame) != self.latest.get(&place).copied().unwrap_or(0)
             && !self.orphaned.contains(&place)
         {
             self.wrong = Some("the daemon reads what is not the newest");
-        } else if self.is_seen_unsaved(DAEMON, place, frame) {
+        } else if self.is_seen_unsaved(DAEMON, place, self.value(frame)) {
             self.wrong = Some("the daemon reads what is not saved");
         }
     }
@@ -434,8 +397,9 @@ impl World {
                 if self.gone.contains(&epoch) {
                     self.wrong = Some("granted to a session that is gone");
                 }
+                let spot = self.table.mapped_at(epoch, place, frame, access);
                 if let Some(guest) = self.guest_of(epoch) {
-                    let granted = Down::Granted(place, frame, access, version);
+                    let granted = Down::Granted(place, (frame, spot), access, version);
                     guest.down.push_back(granted);
                 }
             }
@@ -465,6 +429,7 @@ impl World {
                 if self.table.all.keys().any(|(_, f)| *f == frame) {
                     self.wrong = Some("a frame is freed that has entries");
                 }
+                self.table.empty(frame);
                 self.free.insert(frame);
             }
             Action::Recall { .. } | Action::Fence { .. } => {
@@ -478,6 +443,11 @@ impl World {
         let Some(from) = self.placing.remove(&place) else {
             return;
         };
+        if let Some(frame) = from
+            && self.table.put_out_of_reach(place, frame)
+        {
+            return self.is_placed(place, frame, true);
+        }
         let Some(frame) = self.free.pop_first() else {
             if from.is_some() {
                 self.unsaved.insert(place);
@@ -493,13 +463,22 @@ impl World {
         {
             self.wrong = Some("a frame is filled that somebody has mapped");
         }
-        let value = match from {
-            Some(from) => self.memory.get(&from).copied(),
-            None => self.disk.get(&place).copied(),
+        let spot = match (self.table.descriptors, from) {
+            (false, _) => Spot::Frame(frame),
+            (true, None) => Spot::Home(place),
+            (true, Some(_)) => Spot::Spare(place),
         };
-        let value = value.unwrap_or(0);
-        self.memory.insert(frame, value);
-        if from.is_some() && self.orphaned.remove(&place) {
+        let value = match from {
+            Some(from) => self.value(from),
+            None => self.on_disk(place),
+        };
+        self.table.put(frame, spot, value);
+        self.is_placed(place, frame, from.is_some());
+    }
+
+    fn is_placed(&mut self, place: Place, frame: FrameNo, copied: bool) {
+        if copied && self.orphaned.remove(&place) {
+            let value = self.value(frame);
             self.latest.insert(place, value);
         }
         self.step(Input::Page(Event::Placed { place, frame }));
@@ -531,7 +510,8 @@ impl World {
         let lost: Vec<(FrameNo, Epoch)> = self.machine.pages().lost().collect();
         let mut any = false;
         for (frame, epoch) in lost {
-            if self.table.seize(epoch, place(0), frame) {
+            let is_page = self.places().iter().any(|(_, f)| *f == frame);
+            if self.table.drained(epoch, frame, is_page) {
                 self.step(Input::Page(Event::Drained { epoch, frame }));
                 any = true;
             }
@@ -590,9 +570,30 @@ impl World {
         }
     }
 
+    /// Its process ends: what it had mapped is gone, which the daemon hears from the kernel. Where it takes
+    /// the guests' word for what they have mapped it comes to know it after it dealt with the session.
+    pub fn die(&mut self, guest: usize, epoch: Epoch) {
+        self.guests[guest].mapped.clear();
+        if !self.table.descriptors {
+            self.unmap_all(guest);
+        }
+        self.guests[guest].up.clear();
+        self.step(Input::Session(SessionEvent::End { epoch }));
+        if self.table.descriptors {
+            self.table.all.retain(|(who, _), _| *who != epoch);
+        }
+    }
+
+    fn said_unmapped(&mut self, epoch: Epoch, place: Place) {
+        if let Some((frame, _)) = self.machine.pages().content(place) {
+            self.table.said_unmapped(epoch, frame);
+        }
+    }
+
     pub fn unmap(&mut self, guest: usize, place: Place) {
         let guest = &mut self.guests[guest];
-        if let (Some(epoch), Some((frame, _))) = (guest.epoch, guest.mapped.remove(&place))
+        if let (Some(epoch), Some((frame, _, _))) = (guest.epoch, guest.mapped.remove(&place))
+            && !self.table.descriptors
             && let Some(entry) = self.table.all.get_mut(&(epoch, frame))
         {
             entry.mapped = false;
@@ -632,8 +633,17 @@ impl World {
                     access,
                 }));
             }
-            Up::Ack(recall) => self.step(Input::Session(SessionEvent::Ack { epoch, recall })),
-            Up::Released(place) => self.step(Input::Page(Event::Released { epoch, place })),
+            Up::Ack(recall, place) => {
+                self.said_unmapped(epoch, place);
+                self.step(Input::Session(SessionEvent::Ack { epoch, recall }));
+            }
+            // Who was asked for it says so by its Ack.
+            Up::Released(place)
+                if self.table.descriptors && self.machine.pages().is_leaving(epoch, place) => {}
+            Up::Released(place) => {
+                self.said_unmapped(epoch, place);
+                self.step(Input::Page(Event::Released { epoch, place }));
+            }
             Up::Renew(asked_ms) => {
                 self.step(Input::Session(SessionEvent::Renew { epoch }));
                 // From when it asked, whenever it was heard.
@@ -650,9 +660,9 @@ impl World {
             return;
         };
         match down {
-            Down::Granted(place, frame, access, version) => {
+            Down::Granted(place, frame_at, access, version) => {
                 self.guests[guest].wants.remove(&place);
-                self.map(guest, place, frame, access, version);
+                self.map(guest, place, frame_at, access, version);
             }
             Down::Refused(place) => {
                 self.guests[guest].wants.remove(&place);
@@ -663,7 +673,7 @@ impl World {
                 } else {
                     self.unmap(guest, place);
                 }
-                self.guests[guest].up.push_back(Up::Ack(recall));
+                self.guests[guest].up.push_back(Up::Ack(recall, place));
             }
             Down::Renewed(asked_ms) => {
                 let guest = &mut self.guests[guest];
@@ -682,23 +692,25 @@ impl World {
         &mut self,
         guest: usize,
         place: Place,
-        frame: FrameNo,
+        (frame, spot): (FrameNo, Spot),
         access: Access,
         version: Version,
     ) {
         let Some(epoch) = self.guests[guest].epoch else {
             return;
         };
-        // The hypervisor's part.
-        let Some(entry) = self.table.all.get_mut(&(epoch, frame)) else {
-            return;
-        };
-        if access == Access::ReadWrite && entry.access == Access::ReadOnly {
-            return;
+        let descriptors = self.table.descriptors;
+        match self.table.all.get_mut(&(epoch, frame)) {
+            // The hypervisor's part.
+            None if !descriptors => return,
+            Some(entry) if access == Access::ReadWrite && entry.access == Access::ReadOnly => {
+                return;
+            }
+            Some(entry) => entry.mapped = true,
+            None => {}
         }
-        entry.mapped = true;
         let guest = &mut self.guests[guest];
-        guest.mapped.insert(place, (frame, access));
+        guest.mapped.insert(place, (frame, access, spot));
         let seen = guest.seen.entry(place).or_insert(version);
         if version < *seen {
             self.wrong = Some("a version went back");

@@ -151,7 +151,7 @@ impl Pages {
             return false;
         }
         if bounced && epoch != DAEMON && page.holders.is_empty() {
-            page.shared_rw = true;
+            page.shared_rw = table.can_share(place);
         }
         self.grant(place, page, frame, (epoch, ticket, access), table, out);
         true
@@ -172,7 +172,14 @@ impl Pages {
             Some(Access::ReadWrite) => Access::ReadWrite,
             _ => access,
         };
-        if let Err(errno) = table.grant(epoch, place, frame, access, page.shared_rw) {
+        let mut granted = table.grant(epoch, place, frame, access, page.shared_rw);
+        if granted.is_err() && page.shared_rw && page.holders.is_empty() {
+            // As there is no room where all could have it, one has it.
+            page.shared_rw = false;
+            page.bounces = 0;
+            granted = table.grant(epoch, place, frame, access, false);
+        }
+        if let Err(errno) = granted {
             return out.push(Action::Refuse { ticket, errno });
         }
         if access == Access::ReadWrite && had != Some(Access::ReadWrite) {

@@ -235,10 +235,10 @@ impl Pages {
         self.with(place, table, out, |all, page, _, out| {
             page.work = None;
             page.moving = false;
-            if let Some(old) = page.frame.replace(frame)
-                && old != frame
-            {
-                all.drop_frame(old, out);
+            match page.frame.replace(frame) {
+                Some(old) if old == frame => drop(all.lost.remove(&frame)),
+                Some(old) => all.drop_frame(old, out),
+                None => {}
             }
             page.version = all.next_version();
         });

@@ -41,6 +41,11 @@ impl Table for Coherent {
         })
     }
 
+    fn can_share(&mut self, place: Place) -> bool {
+        let file = self.file_of(place);
+        file.is_some_and(|file| self.cache.strict_can_share(&file.file))
+    }
+
     fn is_mapped(&mut self, epoch: Epoch, _place: Place, frame: FrameNo) -> bool {
         let who = self.who.get(&epoch);
         who.is_none_or(|who| self.cache.strict_is_mapped(who.dom, frame))
