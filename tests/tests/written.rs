@@ -104,6 +104,65 @@ fn local_guests_that_count_in_the_same_pages_lose_nothing() {
     }
 }
 
+/// Eight that never stop storing to one page, each in a word of its own: no store of anybody is lost, and
+/// each gets on, in each of several rounds.
+fn all_store_to_one_page(share: bool) {
+    const GUESTS: u64 = 8;
+    let tree = Tree::new();
+    let disk = zeros(&tree, 1);
+    let setup = Setup {
+        more: format!("share_bounced = {share}"),
+        ..setup(true)
+    };
+    let mut daemon = Daemon::start(&tree, &setup);
+    let mut guests: Vec<(Guest, usize, usize)> = (0..GUESTS)
+        .map(|n| {
+            let name = format!("g{n}");
+            let mut guest = Guest::connected(tree.root(), &daemon.socket(), &name);
+            let file = guest.open_written("export", "f");
+            let mapping = guest.map_file(file, true);
+            (guest, file, mapping)
+        })
+        .collect();
+    let mut last = [0; GUESTS as usize];
+    for round in 0..3 {
+        for ((guest, _, mapping), n) in guests.iter_mut().zip(0..) {
+            count(guest, *mapping, 64 * n);
+        }
+        std::thread::sleep(Duration::from_secs(1));
+        for ((guest, ..), last) in guests.iter_mut().zip(&mut last) {
+            let value = counted(guest);
+            assert!(value > *last, "somebody got nowhere in round {round}");
+            *last = value;
+        }
+    }
+    println!("share {share}: {last:?}");
+    for (guest, file, _) in &mut guests {
+        guest.sync(*file);
+    }
+    let offsets = || (0..).step_by(64).zip(last);
+    for (offset, value) in offsets() {
+        assert_eq!(word(&disk, offset), value, "on the disk at {offset}");
+        for (guest, _, mapping) in &mut guests {
+            assert_eq!(guest.load_word(*mapping, offset), value, "at {offset}");
+        }
+    }
+    let shared = daemon.admin().stats().strict.granted_shared;
+    assert_eq!(shared > 0, share, "shared {shared} times");
+    drop(guests);
+    daemon.audit_clean();
+}
+
+#[test]
+fn local_all_store_to_one_page_by_turns() {
+    all_store_to_one_page(false);
+}
+
+#[test]
+fn local_all_store_to_one_page_at_once() {
+    all_store_to_one_page(true);
+}
+
 #[test]
 fn local_a_daemon_that_is_killed_keeps_what_was_synced_and_says_what_may_be_lost() {
     let tree = Tree::new();

@@ -93,6 +93,12 @@ impl Run {
         now_ns() >= self.plan.start_ns + self.plan.slots * self.plan.slot_ns
     }
 
+    /// Until then.
+    pub fn wait(&self) {
+        let end_ns = self.plan.start_ns + self.plan.slots * self.plan.slot_ns;
+        std::thread::sleep(Duration::from_nanos(end_ns.saturating_sub(now_ns())));
+    }
+
     /// The guest with this place among those that live.
     pub fn stop(&self, which: usize) {
         self.guests[which].guest.stop();
