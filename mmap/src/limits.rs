@@ -36,7 +36,7 @@ pub(crate) const GRANTED_PAGES_MAX: usize = 196_608;
 pub(crate) const GIVE_BACK_PART: usize = 16;
 /// How often a batch of grants is tried before its pages are asked for one by one.
 pub(crate) const MAP_TRIES_MAX: u32 = 2;
-/// The same of files that others write: what was granted may be another's before it is mapped.
+/// How often one page is tried then of files that others write: what was granted may be another's before it is mapped.
 pub(crate) const CONTENDED_TRIES_MAX: u32 = 64;
 /// Bytes of a huge frame: mappings are placed so that huge frames can be mapped whole.
 pub(crate) const HUGE_BYTES: usize = 2 << 20;

@@ -250,7 +250,8 @@ impl Pager {
             MapOutcome::Failed(error) => {
                 flight.tries += 1;
                 tracing::debug!(%error, tries = flight.tries, "a batch of grants was not mapped");
-                let most = match flight.file.coherent() {
+                // Of many pages one is always somebody else's by now; one by one they are had.
+                let most = match flight.file.coherent() && flight.count == 1 {
                     true => CONTENDED_TRIES_MAX,
                     false => MAP_TRIES_MAX,
                 };
