@@ -140,10 +140,6 @@ impl Run {
                 None => ended += 1,
             }
         }
-        assert!(
-            ended <= self.history.fenced(),
-            "{ended} guests died of themselves"
-        );
         let mut last = Guest::connected(self.tree.root(), &self.daemon.socket(), "last");
         let file = last.open_written("shared", "file");
         last.sync(file);
@@ -159,6 +155,15 @@ impl Run {
         let judged = self.history.judge(seen_is_kept);
         let (summary, told) = judged.unwrap_or_else(|why| panic!("{what}: {why}"));
         println!("history {what}: {told}");
+        let counters = self.daemon.admin().stats().counters;
+        let fences = counters
+            .iter()
+            .filter(|(name, _)| name.starts_with("fenced"));
+        assert!(
+            ended <= self.history.fenced(),
+            "{ended} guests died of themselves; {:?}; what they said is above",
+            fences.collect::<Vec<_>>()
+        );
         self.daemon.audit_clean();
         summary
     }

@@ -78,7 +78,14 @@ fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     match args[..] {
-        [] => orders(),
+        [] => {
+            // What the library has to say, for who looks why a guest ended.
+            tracing_subscriber::fmt()
+                .with_ansi(false)
+                .with_writer(std::io::stderr)
+                .init();
+            orders()
+        }
         ["attack"] => {
             println!(
                 "{}",
