@@ -58,8 +58,8 @@ pub struct StrictConfig {
     pub unmap_deadline_ms: u32,
     /// How often the table is looked at while it does not show that, in ms.
     pub look_again_ms: u32,
-    /// Changes of the writer, each within `bounce_ms` of the last, from which on all writers get one
-    /// frame. `u32::MAX`: never.
+    /// Changes of the writer, each wanted within `bounce_ms` of when the last one got the page, from which on
+    /// all writers get one frame. `u32::MAX`: never.
     pub bounces_max: u32,
     /// See `bounces_max`.
     pub bounce_ms: u32,

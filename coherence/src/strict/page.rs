@@ -41,6 +41,14 @@ impl Want {
         }
     }
 
+    /// Does a session other than `who` want to write?
+    pub(super) fn is_to_write_beside(self, who: Epoch) -> bool {
+        let Self::Hold { epoch, access, .. } = self else {
+            return false;
+        };
+        access == Access::ReadWrite && epoch != who && epoch != DAEMON
+    }
+
     fn is_of(self, who: Epoch) -> bool {
         matches!(self, Self::Hold { epoch, .. } if epoch == who)
     }
@@ -68,7 +76,9 @@ pub(super) struct Page {
     pub writer: Option<(Epoch, u64)>,
     /// Somebody could write since it was last filled or saved.
     pub dirty: bool,
-    /// How often the writer changed, each time soon after the last.
+    /// Another wanted to write it soon after its writer had got it, or waited by then.
+    pub wanted_soon: bool,
+    /// How often the writer changed, each time because another wanted it so soon.
     pub bounces: u32,
     /// All writers have one frame.
     pub shared_rw: bool,
@@ -90,6 +100,7 @@ impl Page {
             settling: None,
             writer: None,
             dirty: false,
+            wanted_soon: false,
             bounces: 0,
             shared_rw: false,
             moving: false,

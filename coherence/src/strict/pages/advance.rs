@@ -232,18 +232,22 @@ impl Pages {
         (self.now_ms < until_ms).then_some(until_ms)
     }
 
+    /// Do pages that bounce get shared?
+    pub(super) const fn bounces(&self) -> bool {
+        self.config.bounces_max < u32::MAX
+    }
+
     fn count_bounce(&self, page: &mut Page, epoch: Epoch) {
-        if let Some((last, since_ms)) = page.writer
-            && last != epoch
-        {
-            let soon = self.now_ms - since_ms <= self.config.bounce_ms.into();
-            page.bounces = if soon {
+        if page.writer.is_some_and(|(last, _)| last != epoch) {
+            // Not how long it took to come here: that may be long where the machine is slow.
+            page.bounces = if page.wanted_soon {
                 page.bounces.saturating_add(1)
             } else {
                 0
             };
         }
         page.writer = Some((epoch, self.now_ms));
+        page.wanted_soon = self.bounces() && page.wants.iter().any(|w| w.is_to_write_beside(epoch));
     }
 
     /// Takes a page from those whom the table shows without it, and asks the others, once.

@@ -166,10 +166,14 @@ impl Pages {
 
     fn want(&mut self, place: Place, want: Want, table: &mut impl Table, out: &mut Vec<Action>) {
         let version = self.next_version;
+        let bounces = self.bounces();
         let page = self.pages.entry(place);
-        page.or_insert_with(|| Page::new(version))
-            .wants
-            .push_back(want);
+        let page = page.or_insert_with(|| Page::new(version));
+        if let Some((last, since_ms)) = page.writer {
+            let soon = self.now_ms - since_ms <= self.config.bounce_ms.into();
+            page.wanted_soon |= bounces && soon && want.is_to_write_beside(last);
+        }
+        page.wants.push_back(want);
         self.with(place, table, out, |_, _, _, _| {});
     }
 
